@@ -1,0 +1,789 @@
+"""Pretrains COCO-LM: edit the constants below or override them on the command line, then
+
+    python train.py                                         one process, on whatever this machine has
+    torchrun --standalone --nproc_per_node=8 train.py       eight GPUs
+    python train.py --init_from=resume                      goes on where the run in out_dir was stopped
+
+From a checkpoint back to a model, in a notebook:
+
+    from train import load_checkpoint
+    model, tokenizer = load_checkpoint("out/ckpt.pt")
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+from data import InputError, Sequences, Tokenizer, checked, nearest, parse_options, run_command
+from model import CHOICES, COCOLM, PRESETS, RANGES, Config
+
+# --------------------------------------------------------------------------------------------------------------------
+# Constants. An option --name=value goes before what is written here, and that before the preset.
+
+# what
+preset = "tiny"                 # tiny | small | base | base++ | large++: sizes in model.py, training in TRAINING below
+dataset = "docs"                # the corpus data_dir/dataset, made by data.py; docs is made if it is not there
+data_dir = "data"               # folder of the prepared corpora
+out_dir = "out"                 # folder of the run: ckpt.pt, ckpt.prev.pt, log.jsonl
+init_from = "scratch"           # scratch | resume | resume_or_scratch | a checkpoint's path, to start from its weights
+overwrite = False               # True: start from scratch though out_dir holds a run
+seed = 0                        # of weights, dropout and the order, masks and crops of the text
+# how much, how fast
+batch_size = None               # from the preset; sequences a step, over all processes
+micro_batch_size = None         # from the preset; sequences a process and pass; the rest is gradient accumulation
+max_steps = None                # from the preset; optimizer steps
+warmup_steps = None             # from the preset; steps of linear warm-up, then linear decay to 0 at max_steps
+learning_rate = None            # from the preset; the peak
+weight_decay = 0.01             # of weights, not of biases and norms
+beta1 = 0.9                     # of AdamW: decay of the mean of gradients
+beta2 = 0.98                    # of AdamW: decay of the mean of squared gradients
+epsilon = 1e-6                  # of AdamW
+grad_clip = None                # from the preset; largest norm of the gradient, 0 = no clipping
+# where
+device = "auto"                 # auto | cpu | cuda | mps
+dtype = "auto"                  # auto | float32 | bfloat16 | float16: of the autocast; float16 brings loss scaling
+compile = "auto"                # auto | True | False: torch.compile; auto: on CUDA
+# what is seen of it
+log_interval = 10               # steps between lines of the log
+eval_interval = None            # from the preset; steps between validations
+eval_batches = None             # from the preset; batches of batch_size validation sequences, fewer if there are fewer
+checkpoint_interval = None      # from the preset; steps between checkpoints
+# the model and its objective; what each means stands at Config in model.py
+max_len = None                  # from the preset; tokens in a sequence
+layers = None                   # from the preset; of the main Transformer
+width = None                    # from the preset; of the main Transformer
+heads = None                    # from the preset; attention heads
+ffn_width = None                # from the preset; inner width of the feed-forward layers
+dropout = None                  # from the preset; of the main Transformer
+relative_positions = None       # from the preset; False: absolute positions alone
+relative_bins = None            # from the preset; entries of the relative-position table
+max_distance = None             # from the preset; tokens, the largest relative position told apart
+relative_init = None            # from the preset; normal | local: how the relative-position table starts
+auxiliary_layers = None         # from the preset; of the auxiliary Transformer
+auxiliary_width = None          # from the preset; 0: as wide as the main Transformer
+auxiliary_dropout = None        # from the preset; above 0 the auxiliary makes a second pass to sample from
+corruption = None               # from the preset; auxiliary | random | frozen
+auxiliary_from = ""             # with corruption = "frozen": the checkpoint whose auxiliary corrupts
+token_task = None               # from the preset; clm | rtd | all_token_mlm | mlm
+lm_loss = None                  # from the preset; mixture | weighted
+copy_mechanism = None           # from the preset; False: plain cross-entropy beside the copy loss
+stop_gradient = None            # from the preset; False: the LM loss trains the copy head too
+lambda_copy = None              # from the preset; weight of the copy loss
+mask_fraction = None            # from the preset; of the tokens behind [CLS]
+contrastive = None              # from the preset; False: no sequence contrastive learning
+lambda_scl = None               # from the preset; weight of the contrastive loss
+crop = None                     # from the preset; length of the crop, as a share of the sequence
+temperature = None              # from the preset; of the contrastive softmax
+gather_negatives = None         # from the preset; False: contrast within a process only
+# --- end of the constants
+
+TRAINING = {  # what a preset says about training; learning rate, warm-up and clipping are ours, no source has them
+    "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1200, warmup_steps=300, learning_rate=2e-3, grad_clip=2.0,
+                 eval_interval=200, eval_batches=16, checkpoint_interval=200),
+    "small": dict(batch_size=256, micro_batch_size=32, max_steps=100_000, warmup_steps=5_000, learning_rate=5e-4,
+                  grad_clip=2.0, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
+    "base": dict(batch_size=2048, micro_batch_size=32, max_steps=125_000, warmup_steps=10_000, learning_rate=5e-4,
+                 grad_clip=2.0, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
+}
+TRAINING["base++"] = TRAINING["base"] | dict(max_steps=2_000_000)
+TRAINING["large++"] = TRAINING["base++"] | dict(micro_batch_size=16, learning_rate=3e-4)
+
+COUNT, SHARE = (1, 2**40), (0.0, 1.0)
+MODEL_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in ("vocab_size", "pad_id", "mask_id")}
+ALLOWED = {name: list(CHOICES.get(name, ())) or RANGES.get(name, bool) for name in MODEL_DEFAULTS} | {
+    "preset": list(PRESETS), "dataset": str, "data_dir": str, "out_dir": str, "init_from": str, "auxiliary_from": str,
+    "overwrite": bool, "seed": (0, 2**63), "batch_size": COUNT, "micro_batch_size": COUNT, "max_steps": COUNT,
+    "warmup_steps": (0, 2**40), "learning_rate": (0.0, 10.0), "weight_decay": SHARE, "beta1": (0.0, 0.9999999),
+    "beta2": (0.0, 0.9999999), "epsilon": (1e-30, 1.0), "grad_clip": (0.0, 1e9), "device": ["auto", "cpu", "cuda", "mps"],
+    "dtype": ["auto", "float32", "bfloat16", "float16"], "compile": ["auto", "True", "False", True, False],
+    "auxiliary_width": (0, 2**20), "log_interval": COUNT, "eval_interval": COUNT, "eval_batches": COUNT, "checkpoint_interval": COUNT,
+}
+FREE = {"data_dir", "out_dir", "init_from", "overwrite", "micro_batch_size", "max_steps", "device", "dtype", "compile",
+        "log_interval", "eval_interval", "eval_batches", "checkpoint_interval"}  # what a resumed run may change
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def read_constants(path, values, allowed):
+    """name -> (value, what it may be, reason) of the constants at the top of a file, for parse_options."""
+    source = Path(path).read_text(encoding="utf-8").split("# --- end of the constants")[0]
+    reasons = dict(re.findall(r"^(\w+) *=.*?(?:  # (.*))?$", source, re.M))
+    for name in reasons:
+        if name not in allowed:
+            raise InputError(f"{path}: there is no constant {name}{nearest(name, allowed)}")
+    return {name: (values[name], allowed[name], reason) for name, reason in reasons.items()}
+
+
+def settle(argv):
+    """All settings of this run, the configuration fields among them, and the checkpoint it goes on from or None."""
+    options = read_constants(__file__, globals(), ALLOWED)
+    given, others = parse_options(argv, options, __doc__)
+    if others:
+        raise InputError(f"unexpected {others[0]!r}: options are written --name=value.")
+    in_file = {name: value if value is None else checked(name, value, allowed)
+               for name, (value, allowed, _) in options.items()}
+    asked = {name: value for name, value in {**in_file, **given}.items() if value is not None}
+
+    checkpoint, path = None, Path(asked["out_dir"], "ckpt.pt")
+    if asked["init_from"] == "resume" or (asked["init_from"] == "resume_or_scratch" and path.exists()):
+        checkpoint = read_checkpoint(path)
+        before = checkpoint["constants"]
+        changed = {name: value for name, value in in_file.items() if value != before["in_file"].get(name, value)}
+        asked = {name: value for name, value in {**changed, **given}.items() if value is not None}
+        for name, value in asked.items():
+            if name not in FREE and value != before[name]:
+                raise InputError(f"{name}={value} cannot be changed in a resumed run, which has {name}={before[name]}; "
+                                 f"start another run with --init_from={path} and another --out_dir.")
+        asked = {**before, "out_dir": str(path.parent), **asked}
+        if "micro_batch_size" not in {**changed, **given}:  # keep the number of negatives if the processes changed
+            asked["micro_batch_size"] = max(1, before["micro_batch_size"] * before["processes"] // world())
+    elif asked["init_from"] not in ("resume", "resume_or_scratch") and not asked["overwrite"]:
+        for name in ("ckpt.pt", "log.jsonl"):
+            if (path.parent / name).exists():
+                raise InputError(f"{path.parent} holds a run already: go on with it by --init_from=resume, choose another "
+                                 f"--out_dir, or say --overwrite=True.")
+
+    of_preset = {**MODEL_DEFAULTS, **TRAINING[asked["preset"]], **PRESETS[asked["preset"]]}
+    chosen = {**of_preset, **asked, "in_file": in_file}
+    chosen["changed"] = " ".join(f"{n}={v}" for n, v in asked.items() if n in of_preset and v != of_preset[n])
+    split_batch(chosen, explicit="micro_batch_size" in asked)
+    if chosen["warmup_steps"] > chosen["max_steps"]:
+        say(f"warmup_steps={chosen['warmup_steps']} is longer than the run: shortened to {chosen['max_steps']} steps.")
+        chosen["warmup_steps"] = chosen["max_steps"]
+    if (chosen["corruption"] == "frozen") != bool(chosen["auxiliary_from"]):
+        raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT go together: give both or neither.")
+    make_config(chosen, vocab_size=2**16)  # a value out of range is found now, not after the text is prepared
+    return chosen, checkpoint
+
+
+def split_batch(settings, explicit):
+    """batch_size = processes x micro_batch_size x accumulation"""
+    batch, micro, W = settings["batch_size"], settings["micro_batch_size"], world()
+    if not explicit and batch % W == 0:
+        micro = max(m for m in range(1, min(micro, batch // W) + 1) if batch // W % m == 0)
+    if batch % (W * micro):
+        raise InputError(f"batch_size={batch} cannot be split over {W} processes with micro_batch_size={micro}: it has to "
+                         f"be a multiple of {W} x {micro} = {W * micro}.")
+    settings |= {"micro_batch_size": micro, "processes": W, "accumulation": batch // (W * micro)}
+
+
+def make_config(settings, **vocabulary):
+    try:
+        return Config(**{name: settings[name] for name in MODEL_DEFAULTS}, **vocabulary)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(*words):
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def together(work, *arguments):
+    """work(*arguments), at the end of which all processes wait for each other. If one has an error all raise it, so
+    that it is printed once and nobody is left waiting."""
+    result, problem = None, None
+    try:
+        result = work(*arguments)
+    except (InputError, OSError) as error:
+        problem = str(error)
+    if world() > 1:
+        problems = [None] * world()
+        dist.all_gather_object(problems, problem)
+        problem = next((p for p in problems if p), None)
+    if problem:
+        raise InputError(problem)
+    return result
+
+
+def gather_vectors(vectors):
+    """The sequence vectors (..., B, D) of all processes, (..., N, D), with the gradient of this process' own.
+
+    All processes compute the same loss of all vectors, so each has the full gradient of its own ones; DDP then
+    averages over processes what should be summed, which the factor `world` makes good.
+    """
+    W = world()
+    parts = [torch.empty_like(vectors) for _ in range(W)]
+    dist.all_gather(parts, vectors.detach().contiguous())
+    parts[rank()] = vectors.detach() + W * (vectors - vectors.detach())  # the value is exactly that of `vectors`
+    return torch.cat(parts, dim=-2)
+
+
+def sum_over_processes(tensor):
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def choose_device(settings):
+    name = settings["device"]
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n in ("cuda", "mps", "cpu") if here[n])
+    if not here[name]:
+        raise InputError(f"device={name} is not available here; use --device=auto.")
+    if name != "cuda":
+        return torch.device(name)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise InputError(f"process {local} has no GPU of its own: {torch.cuda.device_count()} are here; lower --nproc_per_node.")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def choose_dtype(settings, device):
+    """The autocast type. bfloat16 where the device multiplies it faster than float32, else float16 on CUDA, else float32."""
+    name = settings["dtype"]
+    if device.type == "mps" and name not in ("auto", "float32"):
+        raise InputError(f"dtype={name} is not supported on mps: use --dtype=float32.")
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif name == "auto":
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        name = "bfloat16" if features.get("avx512_bf16") or features.get("amx_bf16") else "float32"
+    return getattr(torch, name)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def write_checkpoint(path, checkpoint):
+    """Puts a checkpoint in place so that at no moment there is none; the one before stays as ckpt.prev.pt."""
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        spare = path.with_suffix(".spare")
+        spare.unlink(missing_ok=True)
+        try:
+            os.link(path, spare)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, spare)
+        os.replace(spare, path.with_suffix(".prev.pt"))
+    os.replace(partial, path)
+
+
+def read_checkpoint(path):
+    """The dict that was saved; InputError if there is none, or not one of ours."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: there is no checkpoint to start from.") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a checkpoint.") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # zipfile's, pickle's and torch's own kinds of damage
+        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from None
+    keys = {"model", "optimizer", "step", "config", "constants", "tokenizer", "versions"}
+    if not isinstance(checkpoint, dict) or keys - set(checkpoint):
+        raise InputError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(keys - set(checkpoint)))}.")
+    return checkpoint
+
+
+def restore(checkpoint, path):
+    """The COCOLM of a checkpoint."""
+    try:
+        model = COCOLM(Config(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit this version of model.py: {' '.join(str(error).split())[:300]}") from None
+    return model
+
+
+def load_checkpoint(path, device="cpu"):
+    """(the COCOLM in evaluation mode, its Tokenizer) of a checkpoint of ours."""
+    checkpoint = read_checkpoint(path)
+    return restore(checkpoint, path).to(device).eval(), Tokenizer.from_state(checkpoint["tokenizer"])
+
+
+def start_from(model, path, tokenizer, part=""):
+    """Copies the weights of another run's checkpoint (only those under `part`) into the model."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint["tokenizer"] != tokenizer.state():
+        raise InputError(f"{path} was trained with another vocabulary than this corpus; prepare the corpus with its "
+                         f"tokenizer: python data.py PATH --encoding=FOLDER_OF_ITS_CORPUS")
+    theirs, ours = checkpoint["config"], dataclasses.asdict(model.config)
+    shape = ["layers", "width", "heads", "ffn_width", "max_len", "relative_positions", "relative_bins", "max_distance"]
+    if part:
+        shape = shape[1:] + ["auxiliary_layers", "auxiliary_width"]
+    for name in shape:
+        if theirs[name] != ours[name]:
+            raise InputError(f"{path} has {name}={theirs[name]}, this run {name}={ours[name]}: use the same.")
+    weights = {name: value for name, value in checkpoint["model"].items() if name.startswith(part)}
+    if not weights:
+        raise InputError(f"{path} has no auxiliary: its run was token_task={theirs['token_task']}, "
+                         f"corruption={theirs['corruption']}.")
+    try:
+        fresh, unused = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
+    fresh, unused = ([name for name in names if name.startswith(part)] for names in (fresh, unused))
+    for words, names in (("not in it, so started anew", fresh), ("in it but not used", unused)):
+        if names:
+            say(f"weights from {path}; {words}: {', '.join(names[:6])}{' ...' * (len(names) > 6)}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The steps of training
+
+
+def learning_rate_at(step, settings):
+    """Linear from 0 to the peak in warmup_steps, then linear to 0 at max_steps. `step` counts from 0."""
+    peak, warmup, total = settings["learning_rate"], settings["warmup_steps"], settings["max_steps"]
+    return peak * min((step + 1) / max(warmup, 1), (total - step) / max(total - warmup, 1), 1.0)
+
+
+def make_optimizer(model, settings, device):
+    """AdamW; biases and norms, which are the vectors, are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings["weight_decay"]},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings["beta1"], settings["beta2"]), eps=settings["epsilon"],
+                             fused=device.type in ("cuda", "cpu"))
+
+
+def seed_pass(*numbers):
+    """Dropout depends on (seed, step, rank, pass) and on nothing else, so a resumed run needs no generator's state."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def to_device(batch, device):
+    if device.type != "cuda":
+        return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+    return {name: torch.from_numpy(array).pin_memory().to(device, non_blocking=True) for name, array in batch.items()}
+
+
+def area_under_roc(scores, positive):
+    """The probability that a positive has a higher score than a negative; ties count half."""
+    high, low = scores[positive], np.sort(scores[~positive])
+    if not len(high) or not len(low):
+        return math.nan
+    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
+    return float(below.sum() / 2 / len(high) / len(low))
+
+
+def means(pairs):
+    """name -> (sum, count) of this process to name -> mean over all processes."""
+    table = sum_over_processes(torch.stack([p.double() if p.device.type != "mps" else p for p in pairs.values()]))
+    return {name: total / count if count else math.nan for name, (total, count) in zip(pairs, table.tolist())}
+
+
+@torch.no_grad()
+def evaluate(model, sequences, settings, device, autocast):
+    """Losses and statistics on validation sequences, the same ones every time, spread over all processes."""
+    model.eval()
+    micro, W = settings["micro_batch_size"], world()
+    totals, scores, same = {}, [], []
+    for number in range(min(settings["eval_batches"] * settings["accumulation"], len(sequences) // (W * micro))):
+        first = (number * W + rank()) * micro
+        batch = to_device(sequences.batch(0, range(first, first + micro), len(sequences)), device)
+        with autocast:
+            losses, statistics, predictions = model(batch, gather_vectors if W > 1 else None)
+        for name, value in {**losses, **statistics}.items():
+            value = value if value.dim() else torch.stack([value, torch.ones_like(value)])
+            totals[name] = totals.get(name, 0) + value.float()
+        if "copy_logits" in predictions:
+            scores.append(predictions["copy_logits"].flatten())
+            same.append((predictions["corrupted"] == batch["tokens"]).flatten())
+    model.train()
+    result = means(totals)
+    if scores:
+        both = torch.stack([torch.cat(scores), torch.cat(same).float()])
+        parts = [both]
+        if W > 1:
+            parts = [torch.empty_like(both) for _ in range(W)]
+            dist.all_gather(parts, both)
+        scores, same = torch.cat(parts, 1).cpu().numpy()
+        result["copy_auc"] = area_under_roc(scores, same > 0)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is seen of a run
+
+COLUMNS = {"loss": 8, "mlm_loss": 8, "copy_loss": 9, "lm_loss": 7, "scl_loss": 8, "copy_auc": 8, "scl_accuracy": 12}
+
+
+class Log:
+    """The console and out_dir/log.jsonl, on the first process alone."""
+
+    def __init__(self, path, header, step):
+        self.path, self.seconds = path, 0.0
+        lines = [json.dumps(header)]
+        if step is not None:  # resumed: cut back to the checkpoint's step
+            old = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else lines
+            kept = [line for line in old[1:] if json.loads(line)["step"] <= step]
+            self.seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
+            lines = [old[0], *kept]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in lines))
+        os.replace(partial, path)
+        self.file = open(path, "a")
+        self.start = time.time() - self.seconds
+        print("\n" + "step".rjust(8) + " split" + "".join(n.rjust(w + 1) for n, w in COLUMNS.items())
+              + "     lr  grad norm  tokens/s  time left", flush=True)
+
+    def __call__(self, split, step, values, left=None):
+        row = {"split": split, "step": step, "seconds": round(time.time() - self.start, 3)}
+        row |= {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        cells = [f"{row[n]:.4f}".rjust(w + 1) if row.get(n) is not None else " " * (w + 1) for n, w in COLUMNS.items()]
+        tail = ""
+        if split == "train":
+            norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"  # a float16 overflow
+            tail = f"{row['lr']:8.1e} {norm:>9} {row['tokens_per_sec']:10,.0f}  {clock(left)}"
+        print(f"{step:8,} {split:5}" + "".join(cells) + tail, flush=True)
+
+
+def clock(seconds):
+    hours, seconds = divmod(int(seconds), 3600)
+    return f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+
+
+def count_parameters(model):
+    """Trained or frozen, each tensor once: main, auxiliary, shared by both, heads."""
+    counts = {"main": 0, "auxiliary": 0, "shared": 0, "heads": 0}
+    auxiliary = {id(p) for p in model.auxiliary.parameters()} if hasattr(model, "auxiliary") else set()
+    main = {id(p) for p in model.main.parameters()}
+    for p in model.parameters():
+        where = "shared" if id(p) in main & auxiliary else "main" if id(p) in main else "auxiliary"
+        counts[where if id(p) in main | auxiliary else "heads"] += p.numel()
+    return counts
+
+
+@torch.no_grad()
+def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
+    """A few validation passages as the auxiliary corrupted them and the main model sees them, and a table of scores."""
+    model.eval()
+    colour = sys.stdout.isatty()
+
+    def paint(text, code):
+        return f"\033[{code}m{text}\033[0m" if colour else text
+
+    def piece(token):
+        return repr(tokenizer.decode([int(token)]))[1:-1]
+
+    passages = min(3, len(sequences))
+    batch = to_device(sequences.batch(0, range(passages), len(sequences)), device)
+    _, _, predictions = model(batch)
+    if "copy_logits" in predictions:
+        print("\nWhat it sees in validation text. p: how sure the main model is that the token is the original one.")
+    else:
+        print("\nWhat it predicts in validation text.")
+    for row in range(passages):
+        tokens, masked = batch["tokens"][row].tolist(), batch["masked"][row].tolist()
+        corrupted = predictions["corrupted"][row].tolist()
+        marks = {i for i in masked if corrupted[i] != tokens[i]}
+        text = "".join(paint(piece(t), 31) if i in marks and colour else f"[{piece(t)}]" if i in marks else piece(t)
+                       for i, t in enumerate(corrupted) if i)
+        print(f"\n  {text}\n")
+        print(f"    {'original':>16}  {'auxiliary put':>16}  {'p(original)':>11}  {'main corrects to':>16}")
+        for k, i in enumerate(masked):
+            if i not in marks:
+                continue
+            p = torch.sigmoid(predictions["copy_logits"][row, i]).item() if "copy_logits" in predictions else math.nan
+            correction = predictions["lm_tokens"][row, k].item() if "lm_tokens" in predictions else None
+            right = correction == tokens[i]
+            shown = "-" if correction is None else piece(correction)
+            print(f"    {piece(tokens[i]):>16}  {paint(f'{piece(corrupted[i]):>16}', 31)}  {p:11.2f}  "
+                  f"{paint(f'{shown:>16}', 32 if right else 0)}{'  right' if right else ''}")
+
+    counts = np.bincount(sequences.tokens, minlength=tokenizer.vocab_size)
+    counts[tokenizer.sep_id] = 0  # never masked
+    share = counts[counts > 0] / counts.sum()
+    entropy, frequent = -(share * np.log(share)).sum(), share.max()
+    replaced = final.get("replaced_fraction", math.nan)
+    chance = 1 / (2 * settings["micro_batch_size"] * (world() if settings["gather_negatives"] else 1) - 1)
+    nothing = {  # what a model scores that has learned nothing
+        "mlm_loss": (entropy, "entropy of the token frequencies"), "mlm_accuracy": (frequent, "the most frequent token"),
+        "copy_accuracy_original": (1.0, 'always "original"'), "copy_accuracy_replaced": (0.0, 'always "original"'),
+        "copy_auc": (0.5, "chance"), "lm_accuracy_replaced": (frequent, "the most frequent token"),
+        "scl_accuracy": (chance, "chance"), "replaced_fraction": (math.nan, ""), "mean_cosine": (1.0, "all texts look the same"),
+    }
+    print(f"\n  {'on validation text':24}{'this model':>12}{'nothing learned':>17}")
+    for name, (floor, why) in nothing.items():
+        if name in final:
+            print(f"  {name:24}{final[name]:12.4f}" + ("" if math.isnan(floor) else f"{floor:17.4f}  {why}"))
+    print(flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Stop:
+    """SIGTERM and Ctrl-C: finish the step, save, and stop. Another one, a second later or more, stops at once:
+    torchrun passes on the Ctrl-C that its processes have already had themselves."""
+
+    signal, time = 0, math.inf
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        if time.time() - self.time > 1:
+            os._exit(128 + number)
+        self.signal, self.time = number, min(self.time, time.time())
+
+
+def main():
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop begins
+    settings, checkpoint = together(settle, sys.argv[1:])
+    device = together(choose_device, settings)
+    dtype = together(choose_dtype, settings, device)
+    W, micro, accumulation = world(), settings["micro_batch_size"], settings["accumulation"]
+
+    # --- the text
+    folder, out = Path(settings["data_dir"], settings["dataset"]), Path(settings["out_dir"])
+    together(find_corpus, settings, folder)
+    tokenizer = together(Tokenizer.load, folder)
+    config = make_config(settings, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, mask_id=tokenizer.mask_id)
+    train = together(open_split, folder, "train", config, settings["seed"], settings["batch_size"])
+    val = together(open_split, folder, "val", config, 0, W * micro)  # the same for every seed
+
+    # --- the model
+    torch.manual_seed(settings["seed"])
+    model = COCOLM(config)
+    start = 0
+    if checkpoint:
+        if checkpoint["tokenizer"] != tokenizer.state() or checkpoint["config"] != dataclasses.asdict(config):
+            raise InputError(f"{out}/ckpt.pt was trained with another vocabulary than {folder} has.")
+        model, start = restore(checkpoint, out / "ckpt.pt"), checkpoint["step"]
+    elif settings["init_from"] not in ("scratch", "resume_or_scratch"):
+        together(start_from, model, settings["init_from"], tokenizer)
+    if settings["auxiliary_from"] and not checkpoint:
+        together(start_from, model, settings["auxiliary_from"], tokenizer, "auxiliary.")
+    model.to(device).train()
+    optimizer = make_optimizer(model, settings, device)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        del checkpoint
+    if start >= settings["max_steps"]:
+        say(f"{out} is finished: step {start} of max_steps={settings['max_steps']}.")
+        return
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    together(lambda: rank() == 0 and out.mkdir(parents=True, exist_ok=True))
+
+    def fetch(step, part):
+        """The part of a step's batch that this process works on in one pass."""
+        first = (part * W + rank()) * micro
+        return train.batch(step, range(first, first + micro), settings["batch_size"])
+
+    compiled = "no"
+    if str(settings["compile"]) == "True" or (settings["compile"] == "auto" and device.type == "cuda"):
+        compiled = try_to_compile(model, to_device(fetch(0, 0), device), autocast)
+    ddp = model
+    if W > 1:
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+
+    # --- what will happen
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+                "tiktoken": data.tiktoken.__version__}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    counts = count_parameters(model)
+    say(f"versions    {', '.join(f'{k} {v}' for k, v in versions.items())}\n"
+        f"device      {device.type} ({name}), {str(dtype)[6:]}, compiled: {compiled}, {W} process{'es' * (W > 1)}\n"
+        f"parameters  {', '.join(f'{k} {v:,}' for k, v in counts.items())}\n"
+        f"step        {settings['batch_size'] * config.max_len:,} tokens = {W} processes x {accumulation} passes x "
+        f"{micro} sequences x {config.max_len} tokens, {config.masked} of them masked\n"
+        f"negatives   {2 * micro * (W if config.gather_negatives else 1) - 2} for each sequence vector in a pass\n"
+        f"corpus      {folder}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation, vocabulary {config.vocab_size:,}\n"
+        f"run         preset {settings['preset']} {settings['changed']}, steps {start:,} to {settings['max_steps']:,} = "
+        f"{settings['max_steps'] * settings['batch_size'] / len(train):.1f} epochs, to {out}")
+    if rank() == 0:
+        if start == 0:
+            for old in ("ckpt.pt", "ckpt.prev.pt"):
+                (out / old).unlink(missing_ok=True)
+        header = {"constants": settings, "config": dataclasses.asdict(config), "versions": versions, "parameters": counts,
+                  "device": name, "dtype": str(dtype)[6:], "compiled": compiled, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        log = Log(out / "log.jsonl", header, start if start else None)
+
+    def validate(step):
+        result = evaluate(model, val, settings, device, autocast)
+        if rank() == 0:
+            log("val", step, {"tokens": step * settings["batch_size"] * config.max_len, **result})
+        if step > settings["warmup_steps"] and result["mean_cosine"] > 0.99:
+            say(f"warning: mean_cosine is {result['mean_cosine']:.4f}: the model sees hardly a difference between texts; "
+                f"try relative_init=local, a longer warm-up or a smaller learning rate.")
+        return result
+
+    def save(step):
+        if rank() == 0:
+            os.fsync(log.file.fileno())
+            write_checkpoint(out / "ckpt.pt", {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                "config": dataclasses.asdict(config), "constants": settings, "tokenizer": tokenizer.state(),
+                "versions": versions})
+
+    # --- the loop
+    stop = Stop()
+    loader = ThreadPoolExecutor(1)  # prepares the next batch meanwhile
+    upcoming = loader.submit(fetch, start, 0)
+    final = validate(0) if start == 0 else None
+    since, steps_since = time.time(), 0
+    for step in range(start, settings["max_steps"]):
+        last = step + 1 == settings["max_steps"]
+        logged = (step + 1) % settings["log_interval"] == 0 or last
+        lr = learning_rate_at(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        totals = {}
+        for part in range(accumulation):
+            indices = (step, part + 1) if part + 1 < accumulation else (step + 1, 0)
+            batch, upcoming = upcoming.result(), loader.submit(fetch, *indices)
+            seed_pass(settings["seed"], step, rank(), part)
+            synchronise = contextlib.nullcontext() if W == 1 or part + 1 == accumulation else ddp.no_sync()
+            with synchronise:
+                with autocast:
+                    losses, statistics, _ = ddp(to_device(batch, device), gather_vectors if W > 1 else None, logged)
+                scaler.scale(losses["loss"] / accumulation).backward()
+            for key, value in {**losses, **(statistics or {})}.items():
+                value = value.detach() if value.dim() else torch.stack([value.detach().float(), torch.ones((), device=device)])
+                totals[key] = totals.get(key, 0) + value
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings["grad_clip"] or math.inf)
+
+        # one look at the device a step: is all of it finite, on every process, and does anyone want to stop?
+        sums = torch.stack([totals[key][0] for key in losses])
+        bad = ~torch.isfinite(sums).all() | (~torch.isfinite(norm) & (dtype != torch.float16))
+        flags = torch.stack([bad.float(), torch.tensor(float(stop.signal), device=device), norm])
+        if W > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        bad, signalled, norm = flags.tolist()
+        if bad:
+            report_divergence(step, norm, dict(zip(losses, (sums / accumulation).tolist())), settings, out)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        done, steps_since = step + 1, steps_since + 1
+        if logged:
+            result = means(totals)
+            if rank() == 0:
+                speed = steps_since * settings["batch_size"] * config.max_len / (time.time() - since)
+                log("train", done, {"tokens": done * settings["batch_size"] * config.max_len, "tokens_per_sec": round(speed),
+                                    "lr": lr, "grad_norm": norm, **result},
+                    left=(settings["max_steps"] - done) * settings["batch_size"] * config.max_len / speed)
+        if done % settings["eval_interval"] == 0 or last:
+            final = validate(done)
+        if done % settings["checkpoint_interval"] == 0 or last or signalled:
+            save(done)
+        if logged:
+            since, steps_since = time.time(), 0
+        if signalled and not last:
+            say(f"stopped by {signal.Signals(int(signalled)).name} after step {done}; it goes on with --init_from=resume"
+                + (f" --out_dir={out}" if str(out) != "out" else ""))
+            sys.exit(128 + int(signalled))
+    loader.shutdown()
+    if rank() == 0:
+        with autocast:
+            show_what_was_learned(model, tokenizer, val, final, settings, device)
+        print(f"the checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
+
+
+def find_corpus(settings, folder):
+    """Sees to it that the corpus is there; the default one is made, by one process of each machine."""
+    if folder.exists():
+        return
+    if settings["dataset"] != "docs":
+        prepared = [p.parent.name for p in Path(settings["data_dir"]).glob("*/meta.json")] + ["docs"]
+        raise InputError(f"there is no corpus {folder}; make it with: python data.py PATH --name={settings['dataset']}"
+                         f"{nearest(settings['dataset'], prepared)}")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        data.prepare(data_dir=settings["data_dir"])
+
+
+def open_split(folder, split, config, seed, batch):
+    sequences = Sequences(folder, split, config.max_len, config.masked, config.crop_len, seed)
+    if len(sequences) < batch:
+        raise InputError(f"too little text: {folder}/{split}.bin has {len(sequences.tokens):,} tokens, which are "
+                         f"{len(sequences)} sequences of max_len={config.max_len}, but a batch takes {batch}; use more "
+                         f"text, a smaller batch or, for val.bin, a larger --val_fraction in data.py.")
+    return sequences
+
+
+def try_to_compile(model, batch, autocast):
+    """torch.compile on the passes (not on the gathering), tried on one batch; eager mode where it fails."""
+    eager, problem = model.passes, None
+    model.passes = torch.compile(eager, dynamic=False)
+    say("compiling ...")
+    try:
+        with autocast:
+            losses, _, _ = model(batch, None, False)
+        losses["loss"].backward()
+    except Exception as error:  # no compiler, an unsupported device, ...
+        problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    model.zero_grad(set_to_none=True)
+    if sum_over_processes(torch.tensor(float(problem is not None))) > 0:
+        model.passes = eager
+        say(f"torch.compile failed, so the run goes on without it ({problem or 'on another process'}).")
+        return "no"
+    return "yes"
+
+
+def report_divergence(step, norm, losses, settings, out):
+    """Says what is not finite and stops all processes; the optimizer has not stepped, the last checkpoint stands."""
+    everyones = [losses]
+    if world() > 1:
+        everyones = [None] * world()
+        dist.all_gather_object(everyones, losses)
+    bad = {f"{name} of process {r}": value for r, each in enumerate(everyones) for name, value in each.items()
+           if not math.isfinite(value)} or {"gradient norm": norm}
+    first = step * settings["batch_size"]
+    say(f"train.py: stopped at step {step + 1}: {', '.join(f'{n} is {v}' for n, v in bad.items())}; its sequences are "
+        f"{first} to {first + settings['batch_size'] - 1} of the run (seed {settings['seed']}); the checkpoint before it "
+        f"stands in {out}; try a smaller learning_rate or a longer warm-up.")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        run_command(main, quiet=lambda: rank() != 0)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        print(f"train.py: process {rank()} is out of memory; choose a smaller --micro_batch_size, of which several passes "
+              f"make the same batch, or a smaller --max_len.", file=sys.stderr)
+        sys.exit(1)
