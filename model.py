@@ -247,7 +247,9 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens):
         """(B, T) -> (B, T, D)"""
-        return self.norm(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
+        T, longest = tokens.shape[1], self.positions.num_embeddings
+        assert T <= longest, f"a sequence of {T} tokens is longer than the model's {longest} positions"
+        return self.norm(self.tokens(tokens) + self.positions.weight[:T])
 
 
 class Encoder(nn.Module):
@@ -369,7 +371,8 @@ def lm_loss_weighted(lm_logits, copy_logits, targets):
 def cosines(corrupted, crop):
     """Cosines between all 2N sequence vectors, (2N, 2N), from corrupted and crop (N, D)."""
     vectors = F.normalize(torch.cat([corrupted, crop]).float(), dim=-1)
-    return vectors @ vectors.T
+    with torch.autocast(vectors.device.type, enabled=False):
+        return vectors @ vectors.T
 
 
 def scl_loss(cosine, temperature):
@@ -525,7 +528,7 @@ class COCOLM(nn.Module):
         vectors = None
         if c.contrastive:  # the crop goes through the main model alone, and only its [CLS] is wanted
             crop_hidden = self.main(batch["crop"], rows=torch.zeros_like(masked[:, :1]))  # (B, 1, D)
-            vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])])
+            vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])]).float()
 
         if with_statistics:
             predictions["corrupted"] = corrupted

@@ -61,7 +61,7 @@ device = "auto"                 # auto | cpu | cuda | mps
 dtype = "auto"                  # auto | float32 | bfloat16 | float16: of the autocast; float16 brings loss scaling
 compile = "auto"                # auto | True | False: torch.compile; auto: on CUDA
 # what is seen of it
-log_interval = 10               # steps between lines of the log
+log_interval = 20               # steps between lines of the log
 eval_interval = None            # from the preset; steps between validations
 eval_batches = None             # from the preset; batches of batch_size validation sequences, fewer if there are fewer
 checkpoint_interval = None      # from the preset; steps between checkpoints
@@ -138,7 +138,8 @@ def settle(argv):
     given, others = parse_options(argv, options, __doc__)
     if others:
         raise InputError(f"unexpected {others[0]!r}: options are written --name=value.")
-    in_file = {name: value if value is None else checked(name, value, allowed)
+    from_preset = {**MODEL_DEFAULTS, **TRAINING["tiny"]}
+    in_file = {name: None if value is None and name in from_preset else checked(name, value, allowed)
                for name, (value, allowed, _) in options.items()}
     asked = {name: value for name, value in {**in_file, **given}.items() if value is not None}
 
@@ -170,6 +171,9 @@ def settle(argv):
         chosen["warmup_steps"] = chosen["max_steps"]
     if (chosen["corruption"] == "frozen") != bool(chosen["auxiliary_from"]):
         raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT go together: give both or neither.")
+    for start in () if checkpoint else (chosen["init_from"], chosen["auxiliary_from"]):
+        if start not in ("scratch", "resume_or_scratch", "") and not Path(start).exists():
+            raise InputError(f"{start} does not exist: there is no checkpoint to start from.")
     make_config(chosen, vocab_size=2**16)  # a value out of range is found now, not after the text is prepared
     return chosen, checkpoint
 
