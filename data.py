@@ -80,8 +80,8 @@ def checked(name, value, allowed):
     A string, as the command line gives it, is converted: checked("lr", "1e-3", (0.0, 1.0)) -> 0.001
     """
     if allowed is bool:
-        value = {"true": True, "false": False}.get(str(value).lower())
-        wanted = "True or False" if value is None else None
+        wanted = None if str(value) in ("True", "False", "true", "false") else "True or False"
+        value = value if wanted else str(value) in ("True", "true")
     elif allowed is str:
         wanted = None if isinstance(value, str) else "text"
     elif isinstance(allowed, list):
@@ -91,7 +91,7 @@ def checked(name, value, allowed):
         wanted = f"a {'whole ' if kind is int else ''}number from {allowed[0]} to {allowed[1]}"
         try:
             number = kind(value)
-            if number == value or isinstance(value, str):
+            if isinstance(value, str) or (number == value and not isinstance(value, bool)):
                 value = number
             if type(value) is kind and allowed[0] <= value <= allowed[1]:
                 wanted = None
@@ -125,6 +125,7 @@ def parse_options(argv, options, usage):
 
 def run_command(main, quiet=lambda: False):
     """Runs a command's main; what the user can mend is one sentence on standard error and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
     try:
         return main()
     except InputError as error:
@@ -164,6 +165,12 @@ class Progress:
             print("\r\033[K", end="", flush=True)
 
 
+def start_worker(setup, arguments):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    if setup:
+        setup(*arguments)
+
+
 def in_parallel(function, items, workers, setup=None, arguments=()):
     """function(item) for each item, in order, by processes; at most a few items are under way, so memory is bounded."""
     if workers == 1:
@@ -171,7 +178,7 @@ def in_parallel(function, items, workers, setup=None, arguments=()):
             setup(*arguments)
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), setup, arguments) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (setup, arguments)) as pool:
         pending = deque()
         for item in items:
             pending.append(pool.submit(function, item))
@@ -258,7 +265,7 @@ def find_files(paths):
 
 def read_file(path, field, document_per_file):
     """Lines of a file; a line that is not UTF-8, not JSON or without the field is refused with its number."""
-    json_lines = ".jsonl" in path.name
+    json_lines = path.name.endswith((".jsonl", ".jsonl.gz"))
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, raw in enumerate(file, 1):
@@ -270,7 +277,7 @@ def read_file(path, field, document_per_file):
                 if json_lines and line.strip():
                     try:
                         text = json.loads(line)[field]
-                    except (json.JSONDecodeError, RecursionError) as error:
+                    except (ValueError, RecursionError) as error:
                         raise InputError(f"{where}: not JSON ({error}).") from None
                     except (KeyError, TypeError, IndexError):
                         raise InputError(f'{where}: no field "{field}"; name the one with the text by --field=.') from None
@@ -317,21 +324,21 @@ def pieces(lines):
             line = line[cut if cut > 0 else PIECE :]
         yield line
 
-    new, held, size = True, [], 0
+    new, space, held = True, "", []  # held: the lines since the last cut; space: what stood behind the cut
     for part in (part for line in lines for part in parts(line)):
-        if held and (part is None or size + len(part) > PIECE):
-            text = "".join(held)
-            text = text.lstrip() if new else text
-            text = text.rstrip() if part is None else text
+        while held and (part is None or sum(map(len, held)) + len(part) > PIECE):
+            blank = [i for i, line in enumerate(held) if not line.strip()]  # if there are, they end the paragraphs
+            cut = len(held) if part is None or not blank else blank[-1] + 1
+            text = space + "".join(held[:cut])
+            space, held = text[len(text.rstrip()) :], held[cut:]
+            text = text.strip() if new else text.rstrip()
             if text:
                 yield new, text
                 new = False
-            held, size = [], 0
         if part is None:
-            new = True
+            new, space = True, ""
         else:
             held.append(part)
-            size += len(part)
 
 
 def fingerprint(text):
@@ -371,7 +378,7 @@ def train_bpe(words, size, progress=lambda done: None):
     """
     ranks = {bytes([b]): b for b in range(256)}
     tokens = list(ranks)
-    spelled = [(list(word.encode("utf-8", "surrogatepass")), count) for word, count in sorted(words.items())]
+    spelled = [(list(word.encode("utf-8", "surrogatepass")), count) for word, count in words.items()]
     counts, where = Counter(), defaultdict(list)
     for index, (ids, count) in enumerate(spelled):
         for pair in zip(ids, ids[1:]):
@@ -388,12 +395,10 @@ def train_bpe(words, size, progress=lambda done: None):
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
-        token = tokens[pair[0]] + tokens[pair[1]]
-        if token not in ranks:  # another pair may have spelled it already
-            ranks[token] = len(tokens)
-            tokens.append(token)
-            progress(len(tokens))
-        new, changed = ranks[token], set()
+        new, changed = len(tokens), set()
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        ranks[tokens[new]] = new
+        progress(new)
         for index in dict.fromkeys(where.pop(pair)):
             ids, count = spelled[index]
             merged, i = [], 0
@@ -433,6 +438,7 @@ class Tokenizer:
         self.special_ids = {name: first + i for i, name in enumerate(SPECIALS)}
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids.values()
         self.vocab_size = first + len(SPECIALS)
+        self.token_bytes = {i: token for token, i in ranks.items()} | {i: n.encode() for n, i in self.special_ids.items()}
         self.encoding = tiktoken.Encoding("nanococo", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special_ids)
 
@@ -460,7 +466,7 @@ class Tokenizer:
         return [self.cls_id, *a[: room - keep_b], self.sep_id, self.sep_id, *b[:keep_b], self.sep_id]
 
     def bytes_of(self, ids):
-        return self.encoding.decode_bytes([int(i) for i in ids])
+        return b"".join(self.token_bytes.get(int(i), b"") for i in ids)  # some encodings leave ids out
 
     def decode(self, ids):
         """The text. Bytes that are no UTF-8, as of half a character, become U+FFFD."""
@@ -489,19 +495,23 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         """The tokenizer of a prepared corpus."""
-        try:
-            return cls.from_state({"ranks": Path(folder, "tokenizer.tiktoken").read_text(), **read_meta(folder)})
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{folder}/tokenizer.tiktoken is damaged ({error}); prepare the corpus again.") from None
+        meta, ranks = read_meta(folder), Path(folder, "tokenizer.tiktoken").read_bytes()
+        if hashlib.sha256(ranks).hexdigest() != meta["sha256"]["tokenizer"]:
+            raise InputError(f"{folder}/tokenizer.tiktoken is not as meta.json says; prepare the corpus again.")
+        return cls.from_state({"ranks": ranks.decode(), **meta})
 
 
 def read_meta(folder):
+    """What write_tokens and prepare said of a corpus."""
     try:
-        return json.loads(Path(folder, "meta.json").read_text())
+        meta = json.loads(Path(folder, "meta.json").read_text())
+        if {"vocab_size", "tokens", "special_ids", "lowercase", "pattern", "sha256"} <= set(meta):
+            return meta
     except FileNotFoundError:
         raise InputError(f"{folder} is no prepared corpus: it has no meta.json; make it with python data.py.") from None
-    except ValueError as error:
-        raise InputError(f"{folder}/meta.json is damaged ({error}); prepare the corpus again.") from None
+    except (ValueError, TypeError):
+        pass
+    raise InputError(f"{folder}/meta.json is damaged; prepare the corpus again.")
 
 
 def choose_tokenizer(encoding, vocab_size, lowercase, stream, workers, given):
@@ -578,6 +588,9 @@ def token_dtype(vocab_size):
 
 def prepare(paths=(), **given):
     """Prepares a corpus as the command line does; the options are OPTIONS. Returns its folder."""
+    if unknown := set(given) - set(OPTIONS):
+        raise InputError(f"there is no option {min(unknown)}{nearest(min(unknown), OPTIONS)}")
+    given = {name: checked(name, value, OPTIONS[name][1]) for name, value in given.items()}
     options = {name: default for name, (default, _, _) in OPTIONS.items()}
     options |= ({} if paths or given.get("hub") else DOCS) | given
     name, workers, start = options["name"], options["workers"], time.time()
@@ -606,21 +619,26 @@ def prepare(paths=(), **given):
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))  # renamed when complete
+    aside = partial.with_name(partial.name + ".old")
     try:
         tokenizer = choose_tokenizer(options["encoding"], options["vocab_size"], options["lowercase"], stream, workers, given)
         meta = write_tokens(partial, tokenizer, stream, options["val_fraction"], workers, total)
         seconds = time.time() - start
         meta |= {"sources": sources, "encoding": options["encoding"],
                  "versions": {"python": sys.version.split()[0], "numpy": np.__version__, "tiktoken": tiktoken.__version__}}
-        (partial / "tokenizer.tiktoken").write_text(tokenizer.state()["ranks"])
+        ranks = tokenizer.state()["ranks"].encode()
+        meta["sha256"]["tokenizer"] = hashlib.sha256(ranks).hexdigest()
+        (partial / "tokenizer.tiktoken").write_bytes(ranks)
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         partial.chmod(0o755)
-        if folder.exists():
-            if options["overwrite"]:
-                shutil.rmtree(folder)
+        if options["overwrite"] and folder.exists():
+            os.rename(folder, aside)
         os.rename(partial, folder)
     finally:
+        if aside.exists() and not folder.exists():  # interrupted between the two
+            os.rename(aside, folder)
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
     tokens, text_bytes = sum(meta["tokens"].values()), meta["bytes"]
     first = np.fromfile(folder / "train.bin", token_dtype(tokenizer.vocab_size), 30)
@@ -692,7 +710,7 @@ class Sequences:
         return len(self.tokens) // (self.max_len - 1)
 
     def order(self, epoch):
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        return np.random.default_rng([0, self.seed, epoch]).permutation(len(self))
 
     def sequence(self, step, index, batch_size):
         epoch, place = divmod(step * batch_size + index, len(self))
@@ -700,7 +718,7 @@ class Sequences:
         tokens = np.empty(self.max_len, np.int64)
         tokens[0] = self.cls_id
         tokens[1:] = self.tokens[start : start + self.max_len - 1]
-        random = np.random.default_rng([self.seed, step, index])
+        random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
         masked = np.sort(random.permutation(ordinary)[: self.masked])
         crop_start = random.integers(1, self.max_len - self.crop_len + 1)
