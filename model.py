@@ -292,8 +292,8 @@ class Encoder(nn.Module):
             padding = tokens == self.pad_id
         if dropout is None:
             dropout = self.dropout if self.training else 0.0
-        bias = self.bias(padding)
         x = self.narrow(F.dropout(self.embeddings(tokens), dropout))
+        bias = self.bias(padding)
         for layer in self.layers[:-1]:
             x = layer(x, bias, dropout)
         if rows is not None:
@@ -407,7 +407,7 @@ def scl_statistics(cosine):
     return {
         "scl_accuracy": pair(cosine.masked_fill(itself, -math.inf).argmax(-1) == twin),
         "alignment": pair(2 - 2 * cosine.gather(1, twin[:, None])),
-        "uniformity": pair(means.log().mean(), torch.tensor(N > 1, device=cosine.device)),
+        "uniformity": pair(means.clamp(min=1e-9).log().mean(), torch.tensor(N > 1, device=cosine.device)),
     }
 
 
