@@ -95,7 +95,7 @@ gather_negatives = None         # from the preset; False: contrast within a proc
 # --- end of the constants
 
 TRAINING = {  # what a preset says about training; learning rate, warm-up and clipping are ours, no source has them
-    "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1200, warmup_steps=300, learning_rate=2e-3, grad_clip=2.0,
+    "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1000, warmup_steps=250, learning_rate=2e-3, grad_clip=2.0,
                  eval_interval=200, eval_batches=16, checkpoint_interval=200),
     "small": dict(batch_size=256, micro_batch_size=32, max_steps=100_000, warmup_steps=5_000, learning_rate=5e-4,
                   grad_clip=2.0, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
@@ -598,14 +598,17 @@ def main():
         together(start_from, model, settings["auxiliary_from"], tokenizer, "auxiliary.")
     model.to(device).train()
     optimizer = make_optimizer(model, settings, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
+        scale = checkpoint["optimizer"].pop("scaler")
         optimizer.load_state_dict(checkpoint["optimizer"])
+        if scale and scaler.is_enabled():
+            scaler.load_state_dict(scale)
         del checkpoint
     if start >= settings["max_steps"]:
         say(f"{out} is finished: step {start} of max_steps={settings['max_steps']}.")
         return
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parameters = [p for p in model.parameters() if p.requires_grad]
     together(lambda: rank() == 0 and out.mkdir(parents=True, exist_ok=True))
 
@@ -634,7 +637,7 @@ def main():
         f"{micro} sequences x {config.max_len} tokens, {config.masked} of them masked\n"
         f"negatives   {2 * micro * (W if config.gather_negatives else 1) - 2} for each sequence vector in a pass\n"
         f"corpus      {folder}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation, vocabulary {config.vocab_size:,}\n"
-        f"run         preset {settings['preset']} {settings['changed']}, steps {start:,} to {settings['max_steps']:,} = "
+        f"run         preset {' '.join([settings['preset'], settings['changed']]).strip()}, steps {start:,} to {settings['max_steps']:,} = "
         f"{settings['max_steps'] * settings['batch_size'] / len(train):.1f} epochs, to {out}")
     if rank() == 0:
         if start == 0:
@@ -657,7 +660,7 @@ def main():
         if rank() == 0:
             os.fsync(log.file.fileno())
             write_checkpoint(out / "ckpt.pt", {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                "model": model.state_dict(), "optimizer": {**optimizer.state_dict(), "scaler": scaler.state_dict()}, "step": step,
                 "config": dataclasses.asdict(config), "constants": settings, "tokenizer": tokenizer.state(),
                 "versions": versions})
 
@@ -785,6 +788,8 @@ def report_divergence(step, norm, losses, settings, out):
 if __name__ == "__main__":
     try:
         run_command(main, quiet=lambda: rank() != 0)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise

@@ -359,8 +359,9 @@ def stop_at(step):
     return call
 
 
-def test_sigterm_saves_and_says_how_to_go_on(options, tmp_path, monkeypatch, capsys):
-    settings = [*options, "--max_steps=8", "--dropout=0.1", "--micro_batch_size=4"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sigterm_saves_and_says_how_to_go_on(options, tmp_path, monkeypatch, capsys, dtype):
+    settings = [*options, "--max_steps=8", "--dropout=0.1", "--micro_batch_size=4", f"--dtype={dtype}"]
     run([*settings, f"--out_dir={tmp_path}/straight"])
     with monkeypatch.context() as patch:
         patch.setattr(train.Log, "__call__", stop_at(3))
