@@ -50,7 +50,7 @@ OPTIONS = {  # name: (default, what it may be, reason)
     "data_dir": ("data", str, "folder of all prepared corpora"),
     "vocab_size": (32768, (260, 2**24), "entries of the vocabulary, the four special tokens included"),
     "lowercase": (True, bool, "lowercase every character, as the paper's base model does"),
-    "encoding": ("bpe", str, "bpe: train one on this text; a tiktoken encoding such as gpt2; or a prepared corpus' folder"),
+    "encoding": ("bpe", str, "bpe: train one on this text; or a tiktoken encoding such as gpt2; or a corpus' folder"),
     "val_fraction": (0.01, (0.0, 0.5), "share of the text that goes to val.bin, chosen by content"),
     "workers": (os.cpu_count(), (1, 4096), "processes; the result does not depend on it"),
     "field": ("text", str, "the field of a .jsonl line that holds the text"),
@@ -66,6 +66,13 @@ OPTIONS = {  # name: (default, what it may be, reason)
 
 class InputError(Exception):
     """Something the user gave cannot be used: one sentence that says what, where, and what to do. Exit status 2."""
+
+
+def sentence(error):
+    """What an InputError says, or an OSError: no permission, disk full, ..."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error)
 
 
 def nearest(word, words):
@@ -128,12 +135,8 @@ def run_command(main, quiet=lambda: False):
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
     try:
         return main()
-    except InputError as error:
-        message = str(error)
-    except OSError as error:  # no permission, disk full, ...
-        if error.filename is None and error.strerror is None:
-            raise
-        message = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    except (InputError, OSError) as error:
+        message = sentence(error)
     except KeyboardInterrupt:
         sys.exit(130)
     if quiet():
@@ -144,7 +147,7 @@ def run_command(main, quiet=lambda: False):
 
 
 class Progress:
-    """One line that says how far a long work is, how fast and how long still: redrawn in a terminal, else every 10 s."""
+    """Says how far a long work is, how fast and how long still: a line, redrawn in a terminal, else every 10 s."""
 
     def __init__(self, what, total, unit="MB", scale=1e6):
         self.what, self.total, self.unit, self.scale = what, total, unit, scale
@@ -280,7 +283,7 @@ def read_file(path, field, document_per_file):
                     except (ValueError, RecursionError) as error:
                         raise InputError(f"{where}: not JSON ({error}).") from None
                     except (KeyError, TypeError, IndexError):
-                        raise InputError(f'{where}: no field "{field}"; name the one with the text by --field=.') from None
+                        raise InputError(f'{where}: no field "{field}"; name the right one by --field=.') from None
                     if not isinstance(text, str):
                         raise InputError(f'{where}: the field "{field}" is not text.')
                     yield from text.splitlines(keepends=True)
@@ -301,7 +304,7 @@ def read_hub(name, config, field):
         rows = iter(datasets.load_dataset(name, config or None, split="train", streaming=True))
         for row in rows:
             if not isinstance(row.get(field), str):
-                raise InputError(f'{name} has no text field "{field}", only {", ".join(row)}: choose one with --field=.')
+                raise InputError(f'{name} has no text "{field}" among {", ".join(row)}: choose one with --field=.')
             yield from row[field].splitlines(keepends=True)
             yield None
     except InputError:
@@ -352,7 +355,7 @@ def fingerprint(text):
 
 @functools.cache
 def lower_table():
-    return {i: chr(i).lower() for i in range(sys.maxunicode + 1) if chr(i).lower() != chr(i) and len(chr(i).lower()) == 1}
+    return {i: low for i in range(sys.maxunicode + 1) if len(low := chr(i).lower()) == 1 and low != chr(i)}
 
 
 def lower(text):
@@ -438,7 +441,8 @@ class Tokenizer:
         self.special_ids = {name: first + i for i, name in enumerate(SPECIALS)}
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids.values()
         self.vocab_size = first + len(SPECIALS)
-        self.token_bytes = {i: token for token, i in ranks.items()} | {i: n.encode() for n, i in self.special_ids.items()}
+        self.token_bytes = {i: token for token, i in ranks.items()}
+        self.token_bytes |= {i: name.encode() for name, i in self.special_ids.items()}
         self.encoding = tiktoken.Encoding("nanococo", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special_ids)
 
@@ -514,8 +518,9 @@ def read_meta(folder):
     raise InputError(f"{folder}/meta.json is damaged; prepare the corpus again.")
 
 
-def choose_tokenizer(encoding, vocab_size, lowercase, stream, workers, given):
+def choose_tokenizer(options, stream, given):
     """The tokenizer that --encoding names: trained on the text, a corpus' own, or one of tiktoken's."""
+    encoding, vocab_size, lowercase, workers = (options[n] for n in ("encoding", "vocab_size", "lowercase", "workers"))
     if encoding == "bpe":
         sample, size, level = [], 0, 0  # a piece is in the sample if its fingerprint ends in `level` zero bits
         progress = Progress("reading", None)
@@ -537,7 +542,8 @@ def choose_tokenizer(encoding, vocab_size, lowercase, stream, workers, given):
         texts = [[text for _, text in sample[i : i + 64]] for i in range(0, len(sample), 64)]
         del sample
         words, progress, done = Counter(), Progress("counting words", size), 0
-        for batch, counts in zip(texts, in_parallel(functools.partial(count_words, lowercase=lowercase), texts, workers)):
+        count = functools.partial(count_words, lowercase=lowercase)
+        for batch, counts in zip(texts, in_parallel(count, texts, workers)):
             words.update(dict(counts))
             done += sum(map(len, batch))
             progress(done)
@@ -621,11 +627,11 @@ def prepare(paths=(), **given):
     partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))  # renamed when complete
     aside = partial.with_name(partial.name + ".old")
     try:
-        tokenizer = choose_tokenizer(options["encoding"], options["vocab_size"], options["lowercase"], stream, workers, given)
+        tokenizer = choose_tokenizer(options, stream, given)
         meta = write_tokens(partial, tokenizer, stream, options["val_fraction"], workers, total)
         seconds = time.time() - start
-        meta |= {"sources": sources, "encoding": options["encoding"],
-                 "versions": {"python": sys.version.split()[0], "numpy": np.__version__, "tiktoken": tiktoken.__version__}}
+        versions = {"python": sys.version.split()[0], "numpy": np.__version__, "tiktoken": tiktoken.__version__}
+        meta |= {"sources": sources, "encoding": options["encoding"], "versions": versions}
         ranks = tokenizer.state()["ranks"].encode()
         meta["sha256"]["tokenizer"] = hashlib.sha256(ranks).hexdigest()
         (partial / "tokenizer.tiktoken").write_bytes(ranks)

@@ -85,7 +85,7 @@ class Config:
                 raise ValueError(f"{name}={value} is out of range: it has to be from {smallest} to {largest}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: it has to be one of {', '.join(choices)}.")
+                raise ValueError(f"{name}={getattr(self, name)!r} has to be one of {', '.join(choices)}.")
         for name in ("pad_id", "mask_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} is not in the vocabulary of {self.vocab_size} tokens.")
@@ -258,8 +258,9 @@ class Encoder(nn.Module):
     def __init__(self, config, embeddings, layers, width, dropout):
         super().__init__()
         self.pad_id, self.dropout, self.embeddings = config.pad_id, dropout, embeddings
-        scale = width / config.width  # a narrow auxiliary has heads of the same width, fewer of them
-        heads = min((h for h in range(1, config.heads + 1) if width % h == 0), key=lambda h: abs(h - config.heads * scale))
+        scale = width / config.width  # a narrow auxiliary has heads of the same width, or nearly so, and fewer of them
+        divisors = (h for h in range(1, config.heads + 1) if width % h == 0)
+        heads = min(divisors, key=lambda h: abs(h - config.heads * scale))
         self.narrow = nn.Linear(config.width, width) if width != config.width else nn.Identity()
         self.layers = nn.ModuleList(Layer(width, heads, round(config.ffn_width * scale)) for _ in range(layers))
         self.heads = heads

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import InputError, Sequences, Tokenizer, checked, nearest, parse_options, run_command
-from model import CHOICES, COCOLM, PRESETS, RANGES, Config
+from data import InputError, Sequences, Tokenizer, checked, nearest, parse_options, run_command, sentence
+from model import CHOICES, COCOLM, DEFAULTS, PRESETS, RANGES, Config
 
 # --------------------------------------------------------------------------------------------------------------------
 # Constants. An option --name=value goes before what is written here, and that before the preset.
@@ -95,8 +95,8 @@ gather_negatives = None         # from the preset; False: contrast within a proc
 # --- end of the constants
 
 TRAINING = {  # what a preset says about training; learning rate, warm-up and clipping are ours, no source has them
-    "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1000, warmup_steps=250, learning_rate=2e-3, grad_clip=2.0,
-                 eval_interval=200, eval_batches=16, checkpoint_interval=200),
+    "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1000, warmup_steps=250, learning_rate=2e-3,
+                 grad_clip=2.0, eval_interval=200, eval_batches=16, checkpoint_interval=200),
     "small": dict(batch_size=256, micro_batch_size=32, max_steps=100_000, warmup_steps=5_000, learning_rate=5e-4,
                   grad_clip=2.0, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
     "base": dict(batch_size=2048, micro_batch_size=32, max_steps=125_000, warmup_steps=10_000, learning_rate=5e-4,
@@ -106,14 +106,15 @@ TRAINING["base++"] = TRAINING["base"] | dict(max_steps=2_000_000)
 TRAINING["large++"] = TRAINING["base++"] | dict(micro_batch_size=16, learning_rate=3e-4)
 
 COUNT, SHARE = (1, 2**40), (0.0, 1.0)
-MODEL_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in ("vocab_size", "pad_id", "mask_id")}
+MODEL_DEFAULTS = {n: default for n, default in DEFAULTS.items() if n not in ("vocab_size", "pad_id", "mask_id")}
 ALLOWED = {name: list(CHOICES.get(name, ())) or RANGES.get(name, bool) for name in MODEL_DEFAULTS} | {
     "preset": list(PRESETS), "dataset": str, "data_dir": str, "out_dir": str, "init_from": str, "auxiliary_from": str,
     "overwrite": bool, "seed": (0, 2**63), "batch_size": COUNT, "micro_batch_size": COUNT, "max_steps": COUNT,
     "warmup_steps": (0, 2**40), "learning_rate": (0.0, 10.0), "weight_decay": SHARE, "beta1": (0.0, 0.9999999),
-    "beta2": (0.0, 0.9999999), "epsilon": (1e-30, 1.0), "grad_clip": (0.0, 1e9), "device": ["auto", "cpu", "cuda", "mps"],
-    "dtype": ["auto", "float32", "bfloat16", "float16"], "compile": ["auto", "True", "False", True, False],
-    "auxiliary_width": (0, 2**20), "log_interval": COUNT, "eval_interval": COUNT, "eval_batches": COUNT, "checkpoint_interval": COUNT,
+    "beta2": (0.0, 0.9999999), "epsilon": (1e-30, 1.0), "grad_clip": (0.0, 1e9), "auxiliary_width": (0, 2**20),
+    "device": ["auto", "cpu", "cuda", "mps"], "dtype": ["auto", "float32", "bfloat16", "float16"],
+    "compile": ["auto", "True", "False", True, False], "log_interval": COUNT, "eval_interval": COUNT,
+    "eval_batches": COUNT, "checkpoint_interval": COUNT,
 }
 FREE = {"data_dir", "out_dir", "init_from", "overwrite", "micro_batch_size", "max_steps", "device", "dtype", "compile",
         "log_interval", "eval_interval", "eval_batches", "checkpoint_interval"}  # what a resumed run may change
@@ -159,12 +160,12 @@ def settle(argv):
     elif asked["init_from"] not in ("resume", "resume_or_scratch") and not asked["overwrite"]:
         for name in ("ckpt.pt", "log.jsonl"):
             if (path.parent / name).exists():
-                raise InputError(f"{path.parent} holds a run already: go on with it by --init_from=resume, choose another "
-                                 f"--out_dir, or say --overwrite=True.")
+                raise InputError(f"{path.parent} holds a run already: go on with it by --init_from=resume, "
+                                 f"choose another --out_dir, or say --overwrite=True.")
 
     of_preset = {**MODEL_DEFAULTS, **TRAINING[asked["preset"]], **PRESETS[asked["preset"]]}
     chosen = {**of_preset, **asked, "in_file": in_file}
-    chosen["changed"] = " ".join(f"{n}={v}" for n, v in asked.items() if n in of_preset and v != of_preset[n])
+    chosen["changed"] = "".join(f" {n}={v}" for n, v in asked.items() if n in of_preset and v != of_preset[n])
     split_batch(chosen, explicit="micro_batch_size" in asked)
     if chosen["warmup_steps"] > chosen["max_steps"]:
         say(f"warmup_steps={chosen['warmup_steps']} is longer than the run: shortened to {chosen['max_steps']} steps.")
@@ -184,8 +185,8 @@ def split_batch(settings, explicit):
     if not explicit and batch % W == 0:
         micro = max(m for m in range(1, min(micro, batch // W) + 1) if batch // W % m == 0)
     if batch % (W * micro):
-        raise InputError(f"batch_size={batch} cannot be split over {W} processes with micro_batch_size={micro}: it has to "
-                         f"be a multiple of {W} x {micro} = {W * micro}.")
+        raise InputError(f"batch_size={batch} cannot be split over {W} processes with micro_batch_size={micro}: "
+                         f"it has to be a multiple of {W} x {micro} = {W * micro}.")
     settings |= {"micro_batch_size": micro, "processes": W, "accumulation": batch // (W * micro)}
 
 
@@ -220,7 +221,7 @@ def together(work, *arguments):
     try:
         result = work(*arguments)
     except (InputError, OSError) as error:
-        problem = str(error)
+        problem = sentence(error)
     if world() > 1:
         problems = [None] * world()
         dist.all_gather_object(problems, problem)
@@ -260,13 +261,14 @@ def choose_device(settings):
         return torch.device(name)
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
-        raise InputError(f"process {local} has no GPU of its own: {torch.cuda.device_count()} are here; lower --nproc_per_node.")
+        raise InputError(f"process {local} has no GPU of its own: {torch.cuda.device_count()} are here; "
+                         f"lower --nproc_per_node.")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
 def choose_dtype(settings, device):
-    """The autocast type. bfloat16 where the device multiplies it faster than float32, else float16 on CUDA, else float32."""
+    """The autocast type: bfloat16 where the device has it in hardware, else float16 on CUDA, else float32."""
     name = settings["dtype"]
     if device.type == "mps" and name not in ("auto", "float32"):
         raise InputError(f"dtype={name} is not supported on mps: use --dtype=float32.")
@@ -307,10 +309,8 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: there is no checkpoint to start from.") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a checkpoint.") from None
-    except PermissionError:
-        raise
+    except (IsADirectoryError, PermissionError):
+        raise  # run_command has a sentence for them
     except Exception as error:  # zipfile's, pickle's and torch's own kinds of damage
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from None
     keys = {"model", "optimizer", "step", "config", "constants", "tokenizer", "versions"}
@@ -325,7 +325,7 @@ def restore(checkpoint, path):
         model = COCOLM(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit this version of model.py: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{path} does not fit this model.py: {' '.join(str(error).split())[:300]}") from None
     return model
 
 
@@ -401,6 +401,11 @@ def area_under_roc(scores, positive):
     return float(below.sum() / 2 / len(high) / len(low))
 
 
+def as_pair(value):
+    """A statistic as it is, (sum, count), and a loss as (loss, 1)."""
+    return value.detach() if value.dim() else torch.stack([value.detach().float(), torch.ones_like(value).float()])
+
+
 def means(pairs):
     """name -> (sum, count) of this process to name -> mean over all processes."""
     table = sum_over_processes(torch.stack([p.double() if p.device.type != "mps" else p for p in pairs.values()]))
@@ -419,8 +424,7 @@ def evaluate(model, sequences, settings, device, autocast):
         with autocast:
             losses, statistics, predictions = model(batch, gather_vectors if W > 1 else None)
         for name, value in {**losses, **statistics}.items():
-            value = value if value.dim() else torch.stack([value, torch.ones_like(value)])
-            totals[name] = totals.get(name, 0) + value.float()
+            totals[name] = totals.get(name, 0) + as_pair(value)
         if "copy_logits" in predictions:
             scores.append(predictions["copy_logits"].flatten())
             same.append((predictions["corrupted"] == batch["tokens"]).flatten())
@@ -506,10 +510,7 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
     passages = min(3, len(sequences))
     batch = to_device(sequences.batch(0, range(passages), len(sequences)), device)
     _, _, predictions = model(batch)
-    if "copy_logits" in predictions:
-        print("\nWhat it sees in validation text. p: how sure the main model is that the token is the original one.")
-    else:
-        print("\nWhat it predicts in validation text.")
+    print("\nCorrupted validation text. p: how sure the main model is that the token is the original one.")
     for row in range(passages):
         tokens, masked = batch["tokens"][row].tolist(), batch["masked"][row].tolist()
         corrupted = predictions["corrupted"][row].tolist()
@@ -532,13 +533,14 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
     counts[tokenizer.sep_id] = 0  # never masked
     share = counts[counts > 0] / counts.sum()
     entropy, frequent = -(share * np.log(share)).sum(), share.max()
-    replaced = final.get("replaced_fraction", math.nan)
     chance = 1 / (2 * settings["micro_batch_size"] * (world() if settings["gather_negatives"] else 1) - 1)
     nothing = {  # what a model scores that has learned nothing
-        "mlm_loss": (entropy, "entropy of the token frequencies"), "mlm_accuracy": (frequent, "the most frequent token"),
+        "mlm_loss": (entropy, "entropy of the token frequencies"),
+        "mlm_accuracy": (frequent, "the most frequent token"),
         "copy_accuracy_original": (1.0, 'always "original"'), "copy_accuracy_replaced": (0.0, 'always "original"'),
         "copy_auc": (0.5, "chance"), "lm_accuracy_replaced": (frequent, "the most frequent token"),
-        "scl_accuracy": (chance, "chance"), "replaced_fraction": (math.nan, ""), "mean_cosine": (1.0, "all texts look the same"),
+        "scl_accuracy": (chance, "chance"), "mean_cosine": (1.0, "all texts look the same"),
+        "replaced_fraction": (math.nan, ""),
     }
     print(f"\n  {'on validation text':24}{'this model':>12}{'nothing learned':>17}")
     for name, (floor, why) in nothing.items():
@@ -549,185 +551,6 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
 
 # --------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-class Stop:
-    """SIGTERM and Ctrl-C: finish the step, save, and stop. Another one, a second later or more, stops at once:
-    torchrun passes on the Ctrl-C that its processes have already had themselves."""
-
-    signal, time = 0, math.inf
-
-    def __init__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        if time.time() - self.time > 1:
-            os._exit(128 + number)
-        self.signal, self.time = number, min(self.time, time.time())
-
-
-def main():
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop begins
-    settings, checkpoint = together(settle, sys.argv[1:])
-    device = together(choose_device, settings)
-    dtype = together(choose_dtype, settings, device)
-    W, micro, accumulation = world(), settings["micro_batch_size"], settings["accumulation"]
-
-    # --- the text
-    folder, out = Path(settings["data_dir"], settings["dataset"]), Path(settings["out_dir"])
-    together(find_corpus, settings, folder)
-    tokenizer = together(Tokenizer.load, folder)
-    config = make_config(settings, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, mask_id=tokenizer.mask_id)
-    train = together(open_split, folder, "train", config, settings["seed"], settings["batch_size"])
-    val = together(open_split, folder, "val", config, 0, W * micro)  # the same for every seed
-
-    # --- the model
-    torch.manual_seed(settings["seed"])
-    model = COCOLM(config)
-    start = 0
-    if checkpoint:
-        if checkpoint["tokenizer"] != tokenizer.state() or checkpoint["config"] != dataclasses.asdict(config):
-            raise InputError(f"{out}/ckpt.pt was trained with another vocabulary than {folder} has.")
-        model, start = restore(checkpoint, out / "ckpt.pt"), checkpoint["step"]
-    elif settings["init_from"] not in ("scratch", "resume_or_scratch"):
-        together(start_from, model, settings["init_from"], tokenizer)
-    if settings["auxiliary_from"] and not checkpoint:
-        together(start_from, model, settings["auxiliary_from"], tokenizer, "auxiliary.")
-    model.to(device).train()
-    optimizer = make_optimizer(model, settings, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if checkpoint:
-        scale = checkpoint["optimizer"].pop("scaler")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if scale and scaler.is_enabled():
-            scaler.load_state_dict(scale)
-        del checkpoint
-    if start >= settings["max_steps"]:
-        say(f"{out} is finished: step {start} of max_steps={settings['max_steps']}.")
-        return
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    together(lambda: rank() == 0 and out.mkdir(parents=True, exist_ok=True))
-
-    def fetch(step, part):
-        """The part of a step's batch that this process works on in one pass."""
-        first = (part * W + rank()) * micro
-        return train.batch(step, range(first, first + micro), settings["batch_size"])
-
-    compiled = "no"
-    if str(settings["compile"]) == "True" or (settings["compile"] == "auto" and device.type == "cuda"):
-        compiled = try_to_compile(model, to_device(fetch(0, 0), device), autocast)
-    ddp = model
-    if W > 1:
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
-
-    # --- what will happen
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-                "tiktoken": data.tiktoken.__version__}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    counts = count_parameters(model)
-    say(f"versions    {', '.join(f'{k} {v}' for k, v in versions.items())}\n"
-        f"device      {device.type} ({name}), {str(dtype)[6:]}, compiled: {compiled}, {W} process{'es' * (W > 1)}\n"
-        f"parameters  {', '.join(f'{k} {v:,}' for k, v in counts.items())}\n"
-        f"step        {settings['batch_size'] * config.max_len:,} tokens = {W} processes x {accumulation} passes x "
-        f"{micro} sequences x {config.max_len} tokens, {config.masked} of them masked\n"
-        f"negatives   {2 * micro * (W if config.gather_negatives else 1) - 2} for each sequence vector in a pass\n"
-        f"corpus      {folder}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation, vocabulary {config.vocab_size:,}\n"
-        f"run         preset {' '.join([settings['preset'], settings['changed']]).strip()}, steps {start:,} to {settings['max_steps']:,} = "
-        f"{settings['max_steps'] * settings['batch_size'] / len(train):.1f} epochs, to {out}")
-    if rank() == 0:
-        if start == 0:
-            for old in ("ckpt.pt", "ckpt.prev.pt"):
-                (out / old).unlink(missing_ok=True)
-        header = {"constants": settings, "config": dataclasses.asdict(config), "versions": versions, "parameters": counts,
-                  "device": name, "dtype": str(dtype)[6:], "compiled": compiled, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
-        log = Log(out / "log.jsonl", header, start if start else None)
-
-    def validate(step):
-        result = evaluate(model, val, settings, device, autocast)
-        if rank() == 0:
-            log("val", step, {"tokens": step * settings["batch_size"] * config.max_len, **result})
-        if step > settings["warmup_steps"] and result["mean_cosine"] > 0.99:
-            say(f"warning: mean_cosine is {result['mean_cosine']:.4f}: the model sees hardly a difference between texts; "
-                f"try relative_init=local, a longer warm-up or a smaller learning rate.")
-        return result
-
-    def save(step):
-        if rank() == 0:
-            os.fsync(log.file.fileno())
-            write_checkpoint(out / "ckpt.pt", {
-                "model": model.state_dict(), "optimizer": {**optimizer.state_dict(), "scaler": scaler.state_dict()}, "step": step,
-                "config": dataclasses.asdict(config), "constants": settings, "tokenizer": tokenizer.state(),
-                "versions": versions})
-
-    # --- the loop
-    stop = Stop()
-    loader = ThreadPoolExecutor(1)  # prepares the next batch meanwhile
-    upcoming = loader.submit(fetch, start, 0)
-    final = validate(0) if start == 0 else None
-    since, steps_since = time.time(), 0
-    for step in range(start, settings["max_steps"]):
-        last = step + 1 == settings["max_steps"]
-        logged = (step + 1) % settings["log_interval"] == 0 or last
-        lr = learning_rate_at(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        totals = {}
-        for part in range(accumulation):
-            indices = (step, part + 1) if part + 1 < accumulation else (step + 1, 0)
-            batch, upcoming = upcoming.result(), loader.submit(fetch, *indices)
-            seed_pass(settings["seed"], step, rank(), part)
-            synchronise = contextlib.nullcontext() if W == 1 or part + 1 == accumulation else ddp.no_sync()
-            with synchronise:
-                with autocast:
-                    losses, statistics, _ = ddp(to_device(batch, device), gather_vectors if W > 1 else None, logged)
-                scaler.scale(losses["loss"] / accumulation).backward()
-            for key, value in {**losses, **(statistics or {})}.items():
-                value = value.detach() if value.dim() else torch.stack([value.detach().float(), torch.ones((), device=device)])
-                totals[key] = totals.get(key, 0) + value
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings["grad_clip"] or math.inf)
-
-        # one look at the device a step: is all of it finite, on every process, and does anyone want to stop?
-        sums = torch.stack([totals[key][0] for key in losses])
-        bad = ~torch.isfinite(sums).all() | (~torch.isfinite(norm) & (dtype != torch.float16))
-        flags = torch.stack([bad.float(), torch.tensor(float(stop.signal), device=device), norm])
-        if W > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad, signalled, norm = flags.tolist()
-        if bad:
-            report_divergence(step, norm, dict(zip(losses, (sums / accumulation).tolist())), settings, out)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        done, steps_since = step + 1, steps_since + 1
-        if logged:
-            result = means(totals)
-            if rank() == 0:
-                speed = steps_since * settings["batch_size"] * config.max_len / (time.time() - since)
-                log("train", done, {"tokens": done * settings["batch_size"] * config.max_len, "tokens_per_sec": round(speed),
-                                    "lr": lr, "grad_norm": norm, **result},
-                    left=(settings["max_steps"] - done) * settings["batch_size"] * config.max_len / speed)
-        if done % settings["eval_interval"] == 0 or last:
-            final = validate(done)
-        if done % settings["checkpoint_interval"] == 0 or last or signalled:
-            save(done)
-        if logged:
-            since, steps_since = time.time(), 0
-        if signalled and not last:
-            say(f"stopped by {signal.Signals(int(signalled)).name} after step {done}; it goes on with --init_from=resume"
-                + (f" --out_dir={out}" if str(out) != "out" else ""))
-            sys.exit(128 + int(signalled))
-    loader.shutdown()
-    if rank() == 0:
-        with autocast:
-            show_what_was_learned(model, tokenizer, val, final, settings, device)
-        print(f"the checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 
 def find_corpus(settings, folder):
@@ -780,9 +603,191 @@ def report_divergence(step, norm, losses, settings, out):
            if not math.isfinite(value)} or {"gradient norm": norm}
     first = step * settings["batch_size"]
     say(f"train.py: stopped at step {step + 1}: {', '.join(f'{n} is {v}' for n, v in bad.items())}; its sequences are "
-        f"{first} to {first + settings['batch_size'] - 1} of the run (seed {settings['seed']}); the checkpoint before it "
-        f"stands in {out}; try a smaller learning_rate or a longer warm-up.")
+        f"{first} to {first + settings['batch_size'] - 1} of the run (seed {settings['seed']}); the last checkpoint in "
+        f"{out} stands; try a smaller learning_rate or a longer warm-up.")
     sys.exit(1)
+
+
+class Stop:
+    """SIGTERM and Ctrl-C: finish the step, save, and stop. Another one, a second later or more, stops at once:
+    torchrun passes on the Ctrl-C that its processes have already had themselves."""
+
+    signal, time = 0, math.inf
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        if time.time() - self.time > 1:
+            os._exit(128 + number)
+        self.signal, self.time = number, min(self.time, time.time())
+
+
+def main():
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop begins
+    settings, checkpoint = together(settle, sys.argv[1:])
+    device = together(choose_device, settings)
+    dtype = together(choose_dtype, settings, device)
+    W, micro, accumulation = world(), settings["micro_batch_size"], settings["accumulation"]
+    max_steps, step_tokens = settings["max_steps"], settings["batch_size"] * settings["max_len"]
+
+    # --- the text
+    folder, out = Path(settings["data_dir"], settings["dataset"]), Path(settings["out_dir"])
+    together(find_corpus, settings, folder)
+    tokenizer = together(Tokenizer.load, folder)
+    config = make_config(settings, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, mask_id=tokenizer.mask_id)
+    train = together(open_split, folder, "train", config, settings["seed"], settings["batch_size"])
+    val = together(open_split, folder, "val", config, 0, W * micro)  # the same for every seed
+
+    # --- the model
+    torch.manual_seed(settings["seed"])
+    model = COCOLM(config)
+    start = 0
+    if checkpoint:
+        if checkpoint["tokenizer"] != tokenizer.state() or checkpoint["config"] != dataclasses.asdict(config):
+            raise InputError(f"{out}/ckpt.pt was trained with another vocabulary than {folder} has.")
+        model, start = restore(checkpoint, out / "ckpt.pt"), checkpoint["step"]
+    elif settings["init_from"] not in ("scratch", "resume_or_scratch"):
+        together(start_from, model, settings["init_from"], tokenizer)
+    if settings["auxiliary_from"] and not checkpoint:
+        together(start_from, model, settings["auxiliary_from"], tokenizer, "auxiliary.")
+    model.to(device).train()
+    optimizer = make_optimizer(model, settings, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        scale = checkpoint["optimizer"].pop("scaler")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scale and scaler.is_enabled():
+            scaler.load_state_dict(scale)
+        del checkpoint
+    if start >= max_steps:
+        say(f"{out} is finished: step {start} of max_steps={max_steps}.")
+        return
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    together(lambda: rank() == 0 and out.mkdir(parents=True, exist_ok=True))
+
+    def fetch(step, part):
+        """The part of a step's batch that this process works on in one pass."""
+        first = (part * W + rank()) * micro
+        return train.batch(step, range(first, first + micro), settings["batch_size"])
+
+    compiled = "no"
+    if str(settings["compile"]) == "True" or (settings["compile"] == "auto" and device.type == "cuda"):
+        compiled = try_to_compile(model, to_device(fetch(0, 0), device), autocast)
+    ddp = model
+    if W > 1:
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+
+    # --- what will happen
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+                "tiktoken": data.tiktoken.__version__}
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    counts = count_parameters(model)
+    say(f"versions    {', '.join(f'{k} {v}' for k, v in versions.items())}\n"
+        f"device      {device.type} ({name}), {str(dtype)[6:]}, compiled: {compiled}, {W} process{'es' * (W > 1)}\n"
+        f"parameters  {', '.join(f'{k} {v:,}' for k, v in counts.items())}\n"
+        f"step        {step_tokens:,} tokens = {W} processes x {accumulation} passes x {micro} sequences x "
+        f"{config.max_len} tokens, {config.masked} of them masked\n"
+        f"negatives   {2 * micro * (W if config.gather_negatives else 1) - 2} for each sequence vector in a pass\n"
+        f"corpus      {folder}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation, "
+        f"vocabulary {config.vocab_size:,}\n"
+        f"run         preset {settings['preset']}{settings['changed']}, steps {start:,} to {max_steps:,} = "
+        f"{max_steps * settings['batch_size'] / len(train):.1f} epochs, to {out}")
+    if rank() == 0:
+        if start == 0:
+            for old in ("ckpt.pt", "ckpt.prev.pt"):
+                (out / old).unlink(missing_ok=True)
+        header = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": versions, "device": name,
+                  "dtype": str(dtype)[6:], "compiled": compiled, "parameters": counts,
+                  "config": dataclasses.asdict(config), "constants": settings}
+        log = Log(out / "log.jsonl", header, start if start else None)
+
+    def validate(step):
+        result = evaluate(model, val, settings, device, autocast)
+        if rank() == 0:
+            log("val", step, {"tokens": step * step_tokens, **result})
+        if step > settings["warmup_steps"] and result["mean_cosine"] > 0.99:
+            say(f"warning: mean_cosine is {result['mean_cosine']:.4f}: the model sees hardly a difference between "
+                f"texts; try relative_init=local, a longer warm-up or a smaller learning rate.")
+        return result
+
+    def save(step):
+        if rank() == 0:
+            os.fsync(log.file.fileno())
+            write_checkpoint(out / "ckpt.pt", {
+                "model": model.state_dict(), "optimizer": {**optimizer.state_dict(), "scaler": scaler.state_dict()},
+                "step": step, "config": dataclasses.asdict(config), "constants": settings,
+                "tokenizer": tokenizer.state(), "versions": versions})
+
+    # --- the loop
+    stop = Stop()
+    loader = ThreadPoolExecutor(1)  # prepares the next batch meanwhile
+    upcoming = loader.submit(fetch, start, 0)
+    final = validate(0) if start == 0 else None
+    since, steps_since = time.time(), 0
+    for step in range(start, max_steps):
+        last = step + 1 == max_steps
+        logged = (step + 1) % settings["log_interval"] == 0 or last
+        lr = learning_rate_at(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        totals = {}
+        for part in range(accumulation):
+            indices = (step, part + 1) if part + 1 < accumulation else (step + 1, 0)
+            batch, upcoming = upcoming.result(), loader.submit(fetch, *indices)
+            seed_pass(settings["seed"], step, rank(), part)
+            synchronise = contextlib.nullcontext() if W == 1 or part + 1 == accumulation else ddp.no_sync()
+            with synchronise:
+                with autocast:
+                    losses, statistics, _ = ddp(to_device(batch, device), gather_vectors if W > 1 else None, logged)
+                scaler.scale(losses["loss"] / accumulation).backward()
+            for key, value in {**losses, **(statistics or {})}.items():
+                totals[key] = totals.get(key, 0) + as_pair(value)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings["grad_clip"] or math.inf)
+
+        # one look at the device a step: is all of it finite, on every process, and does anyone want to stop?
+        sums = torch.stack([totals[key][0] for key in losses])
+        bad = ~torch.isfinite(sums).all() | (~torch.isfinite(norm) & (dtype != torch.float16))
+        flags = torch.stack([bad.float(), torch.tensor(float(stop.signal), device=device), norm])
+        if W > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        bad, signalled, norm = flags.tolist()
+        if bad:
+            report_divergence(step, norm, dict(zip(losses, (sums / accumulation).tolist())), settings, out)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        done, steps_since = step + 1, steps_since + 1
+        if logged:
+            result = means(totals)
+            if rank() == 0:
+                speed = steps_since * step_tokens / (time.time() - since)
+                log("train", done, {"tokens": done * step_tokens, "tokens_per_sec": round(speed), "lr": lr,
+                                    "grad_norm": norm, **result}, left=(max_steps - done) * step_tokens / speed)
+        if done % settings["eval_interval"] == 0 or last:
+            final = validate(done)
+        if done % settings["checkpoint_interval"] == 0 or last or signalled:
+            save(done)
+        if logged:
+            since, steps_since = time.time(), 0
+        if signalled and not last:
+            say(f"stopped by {signal.Signals(int(signalled)).name} after step {done}; it goes on with "
+                f"--init_from=resume --out_dir={out}")
+            sys.exit(128 + int(signalled))
+    loader.shutdown()
+    if rank() == 0:
+        with autocast:
+            show_what_was_learned(model, tokenizer, val, final, settings, device)
+        print(f"the checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 
 if __name__ == "__main__":
@@ -793,6 +798,6 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        print(f"train.py: process {rank()} is out of memory; choose a smaller --micro_batch_size, of which several passes "
-              f"make the same batch, or a smaller --max_len.", file=sys.stderr)
+        print(f"train.py: process {rank()} is out of memory; choose a smaller --micro_batch_size, of which several "
+              f"passes make the same batch, or a smaller --max_len.", file=sys.stderr)
         sys.exit(1)
