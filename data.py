@@ -500,7 +500,7 @@ class Tokenizer:
     def load(cls, folder):
         """The tokenizer of a prepared corpus."""
         meta, ranks = read_meta(folder), Path(folder, "tokenizer.tiktoken").read_bytes()
-        if hashlib.sha256(ranks).hexdigest() != meta["sha256"]["tokenizer"]:
+        if hashlib.sha256(ranks).hexdigest() != meta["sha256"].get("tokenizer"):
             raise InputError(f"{folder}/tokenizer.tiktoken is not as meta.json says; prepare the corpus again.")
         return cls.from_state({"ranks": ranks.decode(), **meta})
 
