@@ -39,6 +39,7 @@ import regex
 import tiktoken
 
 PIECE = 16_000          # characters: short documents stay whole, long ones are cut into pieces of this size
+ENCODE = 100_000        # characters that tiktoken gets at once: a million spaces in a row are too many for it
 SAMPLE = 100_000_000    # characters of text that the BPE is trained on at the most
 DOCS = {"name": "docs", "vocab_size": 8192, "val_fraction": 0.05}  # the default corpus: small, so more of it validates
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
@@ -92,7 +93,9 @@ def checked(name, value, allowed):
     elif allowed is str:
         wanted = None if isinstance(value, str) else "text"
     elif isinstance(allowed, list):
-        wanted = None if value in allowed else "one of " + ", ".join(map(str, allowed))
+        match = [choice for choice in allowed if str(choice).lower() == str(value).lower()]
+        wanted = None if match else "one of " + ", ".join(map(str, allowed))
+        value = match[0] if match else value
     else:
         kind = type(allowed[0])
         wanted = f"a {'whole ' if kind is int else ''}number from {allowed[0]} to {allowed[1]}"
@@ -255,6 +258,8 @@ def find_files(paths):
     """All text files that the paths name, folders searched recursively."""
     endings = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
     files = []
+    if "" in map(str, paths):
+        raise InputError("an empty PATH was given: name a file or a folder.")
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path} does not exist.")
@@ -321,19 +326,22 @@ def pieces(lines):
     """
 
     def parts(line):
-        while line and len(line) > PIECE:
-            cut = line.rfind(" ", 1, PIECE)
-            yield line[: cut if cut > 0 else PIECE]
-            line = line[cut if cut > 0 else PIECE :]
-        yield line
+        start = 0
+        while line and len(line) - start > PIECE:
+            space = line.rfind(" ", start + 1, start + PIECE)
+            end = space if space > 0 else start + PIECE
+            yield line[start:end]
+            start = end
+        yield line[start:] if line else line
 
-    new, space, held = True, "", []  # held: the lines since the last cut; space: what stood behind the cut
+    new, space, held, size = True, "", [], 0  # held: the lines since the last cut; space: what stood behind the cut
     for part in (part for line in lines for part in parts(line)):
-        while held and (part is None or sum(map(len, held)) + len(part) > PIECE):
+        while held and (part is None or size + len(part) > PIECE):
             blank = [i for i, line in enumerate(held) if not line.strip()]  # if there are, they end the paragraphs
             cut = len(held) if part is None or not blank else blank[-1] + 1
             text = space + "".join(held[:cut])
             space, held = text[len(text.rstrip()) :], held[cut:]
+            size = sum(map(len, held))
             text = text.strip() if new else text.rstrip()
             if text:
                 yield new, text
@@ -342,6 +350,7 @@ def pieces(lines):
             new, space = True, ""
         else:
             held.append(part)
+            size += len(part)
 
 
 def fingerprint(text):
@@ -454,8 +463,9 @@ class Tokenizer:
         for part in re.split("([\ud800-\udfff])", text):  # half characters, which UTF-8 has no place for
             if "\ud800" <= part <= "\udfff" and len(part) == 1:
                 ids += [self.ranks[bytes([b])] for b in part.encode("utf-8", "surrogatepass")]
-            elif part:
-                ids += self.encoding.encode_ordinary(part)
+                continue
+            for start in range(0, len(part), ENCODE):
+                ids += self.encoding.encode_ordinary(part[start : start + ENCODE])
         return ids
 
     def encode_pair(self, a, b=None, max_len=512):
@@ -509,11 +519,12 @@ def read_meta(folder):
     """What write_tokens and prepare said of a corpus."""
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
-        if {"vocab_size", "tokens", "special_ids", "lowercase", "pattern", "sha256"} <= set(meta):
+        if {"vocab_size", "lowercase", "pattern", "sha256"} <= set(meta) and {"train", "val"} <= set(meta["tokens"]) and (
+                set(SPECIALS) <= set(meta["special_ids"])):
             return meta
     except FileNotFoundError:
         raise InputError(f"{folder} is no prepared corpus: it has no meta.json; make it with python data.py.") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         pass
     raise InputError(f"{folder}/meta.json is damaged; prepare the corpus again.")
 
@@ -538,7 +549,7 @@ def choose_tokenizer(options, stream, given):
                 size = sum(len(text) for _, text in sample)
         progress.end()
         if not sample:
-            raise InputError("there is no text at all in what was given.")
+            raise InputError(f"there is no text in {options['sources']}.")
         texts = [[text for _, text in sample[i : i + 64]] for i in range(0, len(sample), 64)]
         del sample
         words, progress, done = Counter(), Progress("counting words", size), 0
@@ -623,12 +634,15 @@ def prepare(paths=(), **given):
         sources, total = ["documentation of Python, numpy and torch"], sum(len(line or "") for line in lines)
         stream = functools.partial(iter, lines)
 
+    options["sources"] = ", ".join(sources[:5]) + " ..." * (len(sources) > 5)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))  # renamed when complete
     aside = partial.with_name(partial.name + ".old")
     try:
         tokenizer = choose_tokenizer(options, stream, given)
         meta = write_tokens(partial, tokenizer, stream, options["val_fraction"], workers, total)
+        if not meta["documents"]:
+            raise InputError(f"there is no text in {options['sources']}.")
         seconds = time.time() - start
         versions = {"python": sys.version.split()[0], "numpy": np.__version__, "tiktoken": tiktoken.__version__}
         meta |= {"sources": sources, "encoding": options["encoding"], "versions": versions}
@@ -679,9 +693,8 @@ def write_tokens(folder, tokenizer, stream, val_fraction, workers, total):
                 write(split, ids)
                 documents, done, previous = documents + new, done + size, split
             progress(done)
-        if previous is None:
-            raise InputError("there is no text at all in what was given.")
-        write(previous, separator)
+        if previous:
+            write(previous, separator)
     progress.end()
     return {"vocab_size": tokenizer.vocab_size, "tokens": tokens, "documents": documents, "bytes": done,
             "dtype": dtype.name, "special_ids": tokenizer.special_ids, "lowercase": tokenizer.lowercase,

@@ -91,6 +91,8 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} is not in the vocabulary of {self.vocab_size} tokens.")
         if self.width % self.heads:
             raise ValueError(f"width={self.width} cannot be split over heads={self.heads}: choose a multiple of it.")
+        if self.auxiliary_width > self.width:
+            raise ValueError(f"auxiliary_width={self.auxiliary_width} is above width={self.width}: it can only be narrower.")
         if self.relative_bins % 4:
             raise ValueError(f"relative_bins={self.relative_bins} has to be a multiple of 4.")
         if self.max_distance <= self.relative_bins // 4 + 1:
@@ -131,7 +133,7 @@ RANGES = {
     "vocab_size": (8, 2**31 - 1), "max_len": (8, 2**20), "layers": (1, 1000), "width": (1, 2**20), "heads": (1, 2**16),
     "ffn_width": (1, 2**22), "dropout": (0.0, 0.9), "relative_bins": (8, 4096), "max_distance": (4, 2**20),
     "auxiliary_layers": (1, 1000), "auxiliary_width": (1, 2**20), "auxiliary_dropout": (0.0, 0.9),
-    "lambda_copy": (0.0, 1e6), "lambda_scl": (0.0, 1e6), "mask_fraction": (0.01, 0.9), "crop": (0.01, 1.0),
+    "lambda_copy": (0.0, 1e6), "lambda_scl": (0.0, 1e6), "mask_fraction": (0.01, 0.4), "crop": (0.01, 1.0),
     "temperature": (1e-3, 1e3),
 }
 CHOICES = {

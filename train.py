@@ -146,13 +146,19 @@ def settle(argv):
     asked = {name: value for name, value in {**in_file, **given}.items() if value is not None}
 
     checkpoint, path = None, Path(asked["out_dir"], "ckpt.pt")
+    before_it = path.with_name("ckpt.prev.pt")
+    if not path.exists() and before_it.exists() and not asked["overwrite"]:
+        raise InputError(f"{path} is gone but {before_it} is there: rename it to ckpt.pt to go on, or say --overwrite=True.")
+    parent = next(p for p in [path.parent.absolute(), *path.parent.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"out_dir={path.parent} cannot be used: {parent} is no folder that one can write to.")
     if asked["init_from"] == "resume" or (asked["init_from"] == "resume_or_scratch" and path.exists()):
         checkpoint = read_checkpoint(path)
         before = checkpoint["constants"]
         changed = {name: value for name, value in in_file.items() if value != before["in_file"].get(name, value)}
         asked = {name: value for name, value in {**changed, **given}.items() if value is not None}
         for name, value in asked.items():
-            if name not in FREE and value != before[name]:
+            if name not in FREE and value != before.get(name, value):
                 raise InputError(f"{name}={value} cannot be changed in a resumed run, which has {name}={before[name]}; "
                                  f"start another run with --init_from={path} and another --out_dir.")
         asked = {**before, "out_dir": str(path.parent), **asked}
@@ -170,12 +176,11 @@ def settle(argv):
     split_batch(chosen, explicit="micro_batch_size" in asked)
     if chosen["warmup_steps"] > chosen["max_steps"]:
         say(f"warmup_steps={chosen['warmup_steps']} is longer than the run: shortened to {chosen['max_steps']} steps.")
-        chosen["warmup_steps"] = chosen["max_steps"]
     if (chosen["corruption"] == "frozen") != bool(chosen["auxiliary_from"]):
         raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT go together: give both or neither.")
     for start in () if checkpoint else (chosen["init_from"], chosen["auxiliary_from"]):
-        if start not in ("scratch", "resume_or_scratch", "") and not Path(start).exists():
-            raise InputError(f"{start} does not exist: there is no checkpoint to start from.")
+        if start not in ("scratch", "resume_or_scratch", ""):
+            read_checkpoint(start)  # found now if it is missing or damaged
     make_config(chosen, vocab_size=2**16)  # a value out of range is found now, not after the text is prepared
     return chosen, checkpoint
 
@@ -289,10 +294,15 @@ def write_checkpoint(path, checkpoint):
     """Puts a checkpoint in place so that at no moment there is none; the one before stays as ckpt.prev.pt."""
     path = Path(path)
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path} could not be written ({reason}); the last checkpoint stands.") from None
     if path.exists():
         spare = path.with_suffix(".spare")
         spare.unlink(missing_ok=True)
@@ -313,10 +323,15 @@ def read_checkpoint(path):
     except (IsADirectoryError, PermissionError):
         raise  # run_command has a sentence for them
     except Exception as error:  # zipfile's, pickle's and torch's own kinds of damage
-        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from None
-    keys = {"model", "optimizer", "step", "config", "constants", "tokenizer", "versions"}
-    if not isinstance(checkpoint, dict) or keys - set(checkpoint):
-        raise InputError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(keys - set(checkpoint)))}.")
+        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}); the one before it is kept as "
+                         f"ckpt.prev.pt.") from None
+    parts = {"model": dict, "optimizer": dict, "step": int, "config": dict, "constants": dict, "tokenizer": dict,
+             "versions": dict}
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
+    for name, kind in parts.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise InputError(f"{path} is no checkpoint of train.py: it has no proper {name!r}.")
     return checkpoint
 
 
@@ -350,6 +365,8 @@ def start_from(model, path, tokenizer, part=""):
         if theirs[name] != ours[name]:
             raise InputError(f"{path} has {name}={theirs[name]}, this run {name}={ours[name]}: use the same.")
     weights = {name: value for name, value in checkpoint["model"].items() if name.startswith(part)}
+    if model.config.corruption != "frozen":  # a frozen auxiliary's own embeddings are not those that both share
+        weights = {name: value for name, value in weights.items() if not name.startswith("auxiliary.embeddings.")}
     if not weights:
         raise InputError(f"{path} has no auxiliary: its run was token_task={theirs['token_task']}, "
                          f"corruption={theirs['corruption']}.")
@@ -357,7 +374,7 @@ def start_from(model, path, tokenizer, part=""):
         fresh, unused = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
-    fresh, unused = ([name for name in names if name.startswith(part)] for names in (fresh, unused))
+    fresh = [name for name in fresh if name.startswith(part) and not name.startswith("auxiliary.embeddings.")]
     for words, names in (("not in it, so started anew", fresh), ("in it but not used", unused)):
         if names:
             say(f"weights from {path}; {words}: {', '.join(names[:6])}{' ...' * (len(names) > 6)}")
@@ -369,7 +386,8 @@ def start_from(model, path, tokenizer, part=""):
 
 def learning_rate_at(step, settings):
     """Linear from 0 to the peak in warmup_steps, then linear to 0 at max_steps. `step` counts from 0."""
-    peak, warmup, total = settings["learning_rate"], settings["warmup_steps"], settings["max_steps"]
+    peak, total = settings["learning_rate"], settings["max_steps"]
+    warmup = min(settings["warmup_steps"], total)
     return peak * min((step + 1) / max(warmup, 1), (total - step) / max(total - warmup, 1), 1.0)
 
 
@@ -448,6 +466,15 @@ def evaluate(model, sequences, settings, device, autocast):
 COLUMNS = {"loss": 8, "mlm_loss": 8, "copy_loss": 9, "lm_loss": 7, "scl_loss": 8, "copy_auc": 8, "scl_accuracy": 12}
 
 
+def read_log(path):
+    """The rows of a log.jsonl; a line that was torn by a crash is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows += [row for row in [json.loads(line)] if isinstance(row, dict)]
+    return rows
+
+
 class Log:
     """The console and out_dir/log.jsonl, on the first process alone."""
 
@@ -455,10 +482,9 @@ class Log:
         self.path, self.seconds = path, 0.0
         lines = [json.dumps(header)]
         if step is not None:  # resumed: cut back to the checkpoint's step
-            old = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else lines
-            kept = [line for line in old[1:] if json.loads(line)["step"] <= step]
-            self.seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
-            lines = [old[0], *kept]
+            old = [row for row in read_log(path) if row.get("step", 0) <= step]
+            self.seconds = max((row.get("seconds", 0.0) for row in old), default=0.0)
+            lines = [json.dumps(row) for row in old] if old and "split" not in old[0] else lines
         partial = path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in lines))
         os.replace(partial, path)
@@ -508,11 +534,10 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
     def piece(token):
         return repr(tokenizer.decode([int(token)]))[1:-1]
 
-    passages = min(3, len(sequences))
-    batch = to_device(sequences.batch(0, range(passages), len(sequences)), device)
+    batch = to_device(sequences.batch(0, range(settings["micro_batch_size"]), len(sequences)), device)
     _, _, predictions = model(batch)
     print("\nCorrupted validation text. p: how sure the main model is that the token is the original one.")
-    for row in range(passages):
+    for row in range(min(3, len(batch["tokens"]))):
         tokens, masked = batch["tokens"][row].tolist(), batch["masked"][row].tolist()
         corrupted = predictions["corrupted"][row].tolist()
         marks = {i for i in masked if corrupted[i] != tokens[i]}
@@ -537,6 +562,7 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
     chance = 1 / (2 * settings["micro_batch_size"] * (world() if settings["gather_negatives"] else 1) - 1)
     nothing = {  # what a model scores that has learned nothing
         "mlm_loss": (entropy, "entropy of the token frequencies"),
+        "lm_loss": (entropy if settings["token_task"] == "mlm" else math.nan, "entropy of the token frequencies"),
         "mlm_accuracy": (frequent, "the most frequent token"),
         "copy_accuracy_original": (1.0, 'always "original"'), "copy_accuracy_replaced": (0.0, 'always "original"'),
         "copy_auc": (0.5, "chance"), "lm_accuracy_replaced": (frequent, "the most frequent token"),
@@ -563,7 +589,11 @@ def find_corpus(settings, folder):
         raise InputError(f"there is no corpus {folder}; make it with: python data.py PATH --name={settings['dataset']}"
                          f"{nearest(settings['dataset'], prepared)}")
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        data.prepare(data_dir=settings["data_dir"])
+        try:
+            data.prepare(data_dir=settings["data_dir"])
+        except (InputError, OSError):
+            if not (folder / "meta.json").exists():  # else another machine was faster, on a file system of both
+                raise
 
 
 def open_split(folder, split, config, seed, batch):
@@ -603,9 +633,12 @@ def report_divergence(step, norm, losses, settings, out):
     bad = {f"{name} of process {r}": value for r, each in enumerate(everyones) for name, value in each.items()
            if not math.isfinite(value)} or {"gradient norm": norm}
     first = step * settings["batch_size"]
-    say(f"train.py: stopped at step {step + 1}: {', '.join(f'{n} is {v}' for n, v in bad.items())}; its sequences are "
-        f"{first} to {first + settings['batch_size'] - 1} of the run (seed {settings['seed']}); the last checkpoint in "
-        f"{out} stands; try a smaller learning_rate or a longer warm-up.")
+    message = (
+        f"train.py: stopped at step {step + 1}: {', '.join(f'{n} is {v}' for n, v in bad.items())}; its sequences are "
+        f"{first} to {first + settings['batch_size'] - 1} of the run (seed {settings['seed']}); what {out} "
+        f"holds stays as it is; try a smaller learning_rate or a longer warm-up.")
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
     sys.exit(1)
 
 
@@ -625,13 +658,8 @@ class Stop:
         self.signal, self.time = number, min(self.time, time.time())
 
 
-def main():
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop begins
-    settings, checkpoint = together(settle, sys.argv[1:])
-    device = together(choose_device, settings)
-    dtype = together(choose_dtype, settings, device)
+def run(settings, checkpoint, device, dtype):
+    """Pretrains as the settings say, from scratch or from a checkpoint of this run."""
     W, micro, accumulation = world(), settings["micro_batch_size"], settings["accumulation"]
     max_steps, step_tokens = settings["max_steps"], settings["batch_size"] * settings["max_len"]
 
@@ -659,7 +687,7 @@ def main():
     optimizer = make_optimizer(model, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
-        scale = checkpoint["optimizer"].pop("scaler")
+        scale = checkpoint["optimizer"].pop("scaler", None)
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scale and scaler.is_enabled():
             scaler.load_state_dict(scale)
@@ -682,7 +710,7 @@ def main():
     ddp = model
     if W > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
+                                      gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # --- what will happen
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
@@ -710,22 +738,31 @@ def main():
                   "config": dataclasses.asdict(config), "constants": settings}
         log = Log(out / "log.jsonl", header, start if start else None)
 
+    warned = []
+
     def validate(step):
         result = evaluate(model, val, settings, device, autocast)
         if rank() == 0:
             log("val", step, {"tokens": step * step_tokens, **result})
-        if step > settings["warmup_steps"] and result["mean_cosine"] > 0.99:
+        if step > settings["warmup_steps"] and result["mean_cosine"] > 0.99 and not warned:
+            warned.append(step)
             say(f"warning: mean_cosine is {result['mean_cosine']:.4f}: the model sees hardly a difference between "
                 f"texts; try relative_init=local, a longer warm-up or a smaller learning rate.")
         return result
 
-    def save(step):
-        if rank() == 0:
-            os.fsync(log.file.fileno())
+    def save(step, final):
+        if rank() != 0:
+            return
+        os.fsync(log.file.fileno())
+        try:
             write_checkpoint(out / "ckpt.pt", {
                 "model": model.state_dict(), "optimizer": {**optimizer.state_dict(), "scaler": scaler.state_dict()},
                 "step": step, "config": dataclasses.asdict(config), "constants": settings,
                 "tokenizer": tokenizer.state(), "versions": versions})
+        except InputError as error:  # a full disk, say: the run goes on and tries again
+            if final:
+                raise
+            say(f"warning: {error}")
 
     # --- the loop
     stop = Stop()
@@ -757,7 +794,7 @@ def main():
         # one look at the device a step: is all of it finite, on every process, and does anyone want to stop?
         sums = torch.stack([totals[key][0] for key in losses])
         bad = ~torch.isfinite(sums).all() | (~torch.isfinite(norm) & (dtype != torch.float16))
-        flags = torch.stack([bad.float(), torch.tensor(float(stop.signal), device=device), norm])
+        flags = torch.stack([bad.float(), torch.full((), float(stop.signal), device=device), norm])
         if W > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         bad, signalled, norm = flags.tolist()
@@ -777,7 +814,7 @@ def main():
         if done % settings["eval_interval"] == 0 or last:
             final = validate(done)
         if done % settings["checkpoint_interval"] == 0 or last or signalled:
-            save(done)
+            save(done, last or signalled)
         if logged:
             since, steps_since = time.time(), 0
         if signalled and not last:
@@ -791,14 +828,25 @@ def main():
         print(f"the checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 
-if __name__ == "__main__":
+def main():
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop begins
+    settings, checkpoint = together(settle, sys.argv[1:])
+    device = together(choose_device, settings)
+    dtype = together(choose_dtype, settings, device)
     try:
-        run_command(main, quiet=lambda: rank() != 0)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        run(settings, checkpoint, device, dtype)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        print(f"train.py: process {rank()} is out of memory; choose a smaller --micro_batch_size, of which several "
-              f"passes make the same batch, or a smaller --max_len.", file=sys.stderr)
+        micro = settings["micro_batch_size"]
+        smaller = f"--micro_batch_size={micro // 2}" if micro > 1 else "a smaller --max_len or --preset"
+        print(f"train.py: process {rank()} is out of memory with micro_batch_size={micro}; try {smaller}.", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main, quiet=lambda: rank() != 0)
+    if dist.is_initialized():
+        dist.destroy_process_group()

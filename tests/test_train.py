@@ -297,6 +297,14 @@ def test_frozen_auxiliary(options, tmp_path):
         run([*options, "--overwrite=True", "--corruption=frozen", f"--auxiliary_from={tmp_path}/random/ckpt.pt"])
 
 
+def test_start_from_a_run_with_a_frozen_auxiliary(options, tmp_path):
+    run([*options, f"--out_dir={tmp_path}/first"])
+    run([*options, "--corruption=frozen", f"--auxiliary_from={tmp_path}/first/ckpt.pt"])
+    run([*options, f"--out_dir={tmp_path}/next", f"--init_from={tmp_path}/out/ckpt.pt", "--learning_rate=0.0"])
+    theirs, ours = weights(tmp_path / "out"), weights(tmp_path / "next")
+    assert_same_weights(*[{n: w for n, w in each.items() if n.startswith("main.")} for each in (theirs, ours)])
+
+
 # --- several processes, accumulation
 
 
@@ -387,6 +395,47 @@ def test_what_a_resumed_run_may_change(options, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "out", "train")] == [1, 2, 3, 4, 5]
 
 
+def test_the_same_command_again_goes_on(options, tmp_path, capsys):
+    command = [*options, "--warmup_steps=10", "--init_from=resume_or_scratch"]
+    run(command)
+    assert "warmup_steps=10 is longer than the run: shortened to 3" in capsys.readouterr().out
+    run(command)
+    assert "is finished" in capsys.readouterr().out
+    run([*command, "--max_steps=20"])  # the warm-up is now what was asked for
+    assert rows(tmp_path / "out", "train")[-1]["step"] == 20
+    assert rows(tmp_path / "out", "train")[9]["lr"] == pytest.approx(train.TRAINING["tiny"]["learning_rate"])
+
+
+def test_a_torn_log_is_mended(options, tmp_path):
+    run(options)
+    log = tmp_path / "out/log.jsonl"
+    log.write_bytes(log.read_bytes()[:-20] + b"\xff\n{")
+    run([*options[:3], "--init_from=resume", "--max_steps=5"])
+    assert [row["step"] for row in rows(tmp_path / "out", "train")] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_is_not_lost_because_only_the_one_before_is_left(options, tmp_path):
+    run([*options, "--checkpoint_interval=1"])
+    (tmp_path / "out/ckpt.pt").unlink()
+    for start in ("scratch", "resume", "resume_or_scratch"):
+        with pytest.raises(data.InputError, match="ckpt.prev.pt is there"):
+            run([*options, f"--init_from={start}"])
+    assert (tmp_path / "out/ckpt.prev.pt").exists()
+
+
+def test_a_full_disk_does_not_end_the_run(options, tmp_path):
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); import runpy, sys; sys.argv = sys.argv[1:]; "
+    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = subprocess.run([sys.executable, "-c", limit, str(ROOT / "train.py"), *options, "--checkpoint_interval=1"],
+                             capture_output=True, text=True, cwd=tmp_path,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert process.stdout.count("could not be written") == 2 and process.stderr.count("could not be written") == 1
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["log.jsonl"]
+    assert len(rows(tmp_path / "out", "train")) == 3
+
+
 def test_a_folder_with_a_run_is_refused_unless_overwritten(options, tmp_path):
     run(options)
     before = (tmp_path / "out/ckpt.pt").read_bytes()
@@ -419,7 +468,7 @@ def test_a_damaged_checkpoint_is_refused(options, tmp_path, damage):
     else:
         content = path.read_bytes()
         path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"hello " * 100}[damage])
-    with pytest.raises(data.InputError, match="damaged or no checkpoint|is no checkpoint"):
+    with pytest.raises(data.InputError, match="damaged or no checkpoint|is no checkpoint of train.py"):
         run([*options[:3], "--init_from=resume", "--max_steps=5"])
 
 
@@ -433,8 +482,9 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(OSError):
+    with pytest.raises(data.InputError, match="No space left.*the last checkpoint stands"):
         train.write_checkpoint(path, {"step": 3})
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["ckpt.prev.pt", "ckpt.pt"]
     assert torch.load(path)["step"] == 2 and torch.load(tmp_path / "ckpt.prev.pt")["step"] == 1
 
 
@@ -453,7 +503,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stopped:
         run([*options, "--max_steps=5", "--checkpoint_interval=1"])
     assert stopped.value.code == 1
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "stopped at step 3" in said and "lm_loss" in said and "16 to 23" in said and "copy_loss of" not in said
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 2
 
