@@ -25,7 +25,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's import: threads that spin crawl on a busy machine
 import numpy as np
 import torch
 import torch.distributed as dist
