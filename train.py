@@ -95,7 +95,7 @@ gather_negatives = None         # from the preset; False: contrast within a proc
 # --- end of the constants
 
 TRAINING = {  # what a preset says about training; learning rate, warm-up and clipping are ours, no source has them
-    "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1000, warmup_steps=250, learning_rate=1.5e-3,
+    "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1300, warmup_steps=300, learning_rate=1.5e-3,
                  grad_clip=2.0, eval_interval=200, eval_batches=16, checkpoint_interval=200),
     "small": dict(batch_size=256, micro_batch_size=32, max_steps=100_000, warmup_steps=5_000, learning_rate=5e-4,
                   grad_clip=2.0, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
