@@ -330,7 +330,7 @@ def read_checkpoint(path):
         checkpoint = {}
     for name, kind in parts.items():
         if not isinstance(checkpoint.get(name), kind):
-            raise InputError(f"{path} is no checkpoint of train.py: it has no proper {name!r}.")
+            raise InputError(f"{path} is no checkpoint of train.py: it has no {name} that can be used.")
     return checkpoint
 
 

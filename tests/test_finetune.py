@@ -643,7 +643,7 @@ def test_two_processes_equal_one(options, tmp_path):
 
 
 def test_exit_status_and_standard_error(options):
-    process = launch([*options, "--task=COLA"])
+    process = launch([*options, "--task=COLX"])
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith("finetune.py: --task has to be one of CoLA") and process.stderr.count("\n") == 1
 
@@ -665,7 +665,7 @@ def test_bad_options(options, tmp_path, argument, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda c: c.pop("tokenizer"), "lacks tokenizer"), (lambda c: c.update(tokenizer=None), "has no tokenizer"),
+    (lambda c: c.pop("tokenizer"), "has no tokenizer"), (lambda c: c.update(tokenizer=None), "has no tokenizer"),
     (lambda c: c["tokenizer"].update(ranks="".join(c["tokenizer"]["ranks"].splitlines(True)[:300])), "do not belong"),
     (lambda c: c["config"].update(colour="red"), "does not fit this"),
     (lambda c: c["model"].popitem(), "does not fit this"),
