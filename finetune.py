@@ -397,7 +397,7 @@ def span_text(question, first, last):
 
 
 def files_of(name, data_dir):
-    """[(train | dev | test, name of the set, path, official rows)] of a task's files; a test file may be missing."""
+    """[(train | dev | test, name of the set, path, official rows)] of a task's files; only test files may be missing."""
     task, folder = TASKS[name], Path(data_dir)
     if name.startswith("SQuAD"):
         files = [(split, name, folder / f"{split}-v{name[6:]}.json", n)
@@ -410,17 +410,18 @@ def files_of(name, data_dir):
     if name == "MNLI":
         files += [("test", "AX", folder / place, 1104) for place in DIAGNOSTICS if (folder / place).exists()][:1]
     for split, _, path, _ in files:
-        if not path.exists() and split != "test":
+        if split != "test" and not path.exists():
             raise InputError(f"{path} is not there; {how_to_get(name, folder)}")
-        if not path.exists():
-            say(f"{path} is not there: no predictions for the leaderboard.")
-    return [file for file in files if file[2].exists()]
+    return files
 
 
 def read_task(name, data_dir, tokenizer, max_len):
     """({"train": {name: set}, "dev": ..., "test": ...} of a task, a checksum of its train and dev files)"""
     task, digest, sets = TASKS[name], hashlib.sha256(), {"train": {}, "dev": {}, "test": {}}
     for split, set_name, path, official in files_of(name, data_dir):
+        if not path.exists():
+            say(f"{path} is not there: no predictions for the leaderboard.")
+            continue
         if name.startswith("SQuAD"):
             questions = read_squad(path, name[6:])
             count = len(questions)
@@ -916,6 +917,8 @@ def main():
             raise InputError(f"{asked['data_dir']} holds none of {', '.join(PAPERS_EIGHT)}; CoLA, for one: "
                              f"{how_to_get('CoLA', asked['data_dir'])}")
         say(f"of the paper's eight tasks, {asked['data_dir']} holds {len(names)}: {', '.join(names)}")
+        for name in names:  # a file that is missing is known now, not after hours of other tasks
+            together(files_of, name, asked["data_dir"])
     results = {name: run_task(name, asked, start, (device, autocast), str(dtype)[6:]) for name in names}
     line = {key: value for key, value in results[names[-1]].items() if key not in ("settings", "runs")}
     if asked["task"] == "GLUE":

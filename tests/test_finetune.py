@@ -703,6 +703,14 @@ def test_the_lines_for_mrpc_split_its_file(tmp_path):
         assert [texts for _, texts, _ in rows] == [expected]
 
 
+def test_a_missing_file_of_a_later_task_is_known_before_the_first_one_runs(options, tmp_path):
+    for name in ("RTE", "STS-B"):
+        write_glue(tmp_path / "data", name, 8)
+    (tmp_path / "data/STS-B/dev.tsv").unlink()
+    with pytest.raises(data.InputError, match="STS-B/dev.tsv is not there"):
+        run([*options, "--task=GLUE"])
+    assert not (tmp_path / "out").exists()
+
 
 def test_a_missing_test_file_only_means_no_submission(options, tmp_path, capsys):
     write_glue(tmp_path / "data", "RTE", 8)
