@@ -29,6 +29,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -189,18 +190,32 @@ def local_relative_table(bins, heads, max_distance):
     return patterns[:, torch.arange(heads) % 4]
 
 
+def drop(x, dropout):
+    """Dropout: zeros with this probability, and the rest scaled so that the mean stays.
+
+    On the CPU torch's own costs as much as the matrix product before it. There the mask is made of random bytes,
+    eight from one draw, so the probability is a multiple of 1/256: 0.1 is 26/256 = 0.1016.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not dropout:
+        return F.dropout(x, dropout)
+    dropped = max(1, round(dropout * 256))  # of the 256 values of a byte
+    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+    kept = draws.view(torch.uint8)[: x.numel()].view(x.shape).ge_(dropped)  # 1 or 0; in place, or it is slow
+    return x * kept.to(x.dtype).mul_(256 / (256 - dropped))
+
+
 def attention(q, k, v, bias, dropout):
     """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, Q, d), k and v (B, H, T, d), bias (B, H, Q, T).
 
-    On CUDA the fused kernels take the bias and the dropout. On the CPU those send scaled_dot_product_attention to
+    On CUDA the fused kernels take the bias, in the type of q, and the dropout. On the CPU those send scaled_dot_product_attention to
     its slow path, so there it is written out, in the form that was measured to be the fastest.
     """
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     B, H, Q, d = q.shape
     q, k, v, bias = (x.reshape(B * H, *x.shape[2:]) for x in (q, k, v, bias))
     logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)  # (B * H, Q, T)
-    probabilities = F.dropout(logits.softmax(-1), dropout)
+    probabilities = drop(logits.softmax(-1), dropout)
     return (probabilities @ v).view(B, H, Q, d)
 
 
@@ -233,9 +248,9 @@ class Layer(nn.Module):
             q = F.linear(x, self.qkv.weight[:D], self.qkv.bias[:D])
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, d)
         y = attention(q, k, v, bias, dropout).transpose(1, 2).flatten(2)  # (B, T, D)
-        x = self.attention_norm(x + F.dropout(self.attention_out(y), dropout))
+        x = self.attention_norm(x + drop(self.attention_out(y), dropout))
         y = self.ffn_out(F.gelu(self.ffn_in(x)))
-        return self.ffn_norm(x + F.dropout(y, dropout))
+        return self.ffn_norm(x + drop(y, dropout))
 
 
 class Embeddings(nn.Module):
@@ -257,6 +272,8 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """A stack of layers on the embeddings; both the main and the auxiliary Transformer are one."""
 
+    recompute = False  # True: keep the layers' inputs alone, and compute the rest once more for the gradient
+
     def __init__(self, config, embeddings, layers, width, dropout):
         super().__init__()
         self.pad_id, self.dropout, self.embeddings = config.pad_id, dropout, embeddings
@@ -275,13 +292,20 @@ class Encoder(nn.Module):
             self.relative = None
 
     def bias(self, padding):
-        """What is added to the attention logits: relative positions, and -inf at padding keys. (B, H, T, T)"""
+        """What is added to the attention logits: relative positions, and -inf at padding keys. (B, H, T, T)
+
+        In the type that attention computes in, and with rows that start at multiples of 8 elements: CUDA's fused
+        kernels want both, and would make a copy in every layer otherwise.
+        """
         B, T = padding.shape
         if self.relative is None:
             bias = torch.zeros(1, self.heads, T, T, device=padding.device)
         else:
             bias = self.relative(self.bucket[:T, :T]).permute(2, 0, 1)[None]  # (1, H, T, T)
-        return bias.masked_fill(padding[:, None, None, :], -math.inf)
+        if torch.is_autocast_enabled(padding.device.type):
+            bias = bias.to(torch.get_autocast_dtype(padding.device.type))
+        padding = F.pad(padding, (0, -T % 8))[:, None, None, :]
+        return F.pad(bias, (0, -T % 8)).masked_fill(padding, -math.inf)[..., :T]
 
     def forward(self, tokens, padding=None, rows=None, dropout=None):
         """Hidden states (B, T, D) of tokens (B, T).
@@ -295,10 +319,13 @@ class Encoder(nn.Module):
             padding = tokens == self.pad_id
         if dropout is None:
             dropout = self.dropout if self.training else 0.0
-        x = self.narrow(F.dropout(self.embeddings(tokens), dropout))
+        x = self.narrow(drop(self.embeddings(tokens), dropout))
         bias = self.bias(padding)
         for layer in self.layers[:-1]:
-            x = layer(x, bias, dropout)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, bias, dropout, use_reentrant=False)
+            else:
+                x = layer(x, bias, dropout)
         if rows is not None:
             bias = bias.gather(2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))  # (B, H, K, T)
         return self.layers[-1](x, bias, dropout, rows)
@@ -575,3 +602,34 @@ class COCOLM(nn.Module):
                    "lm_loss": 1.0, "scl_loss": c.lambda_scl}
         losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
         return losses, statistics, predictions
+
+
+def flops(c):
+    """Floating-point operations that a Config's training takes for one sequence: of all matrix products, forward and
+    backward, in both Transformers, the crop's pass and the heads (not of the 2N x 2N cosines, which is next to nothing).
+
+    Only what is needed: the last layer where it is read, and nothing for recomputing. A product of (n, k) and (k, m)
+    is 2 n k m of them; the backward pass takes twice the forward's.
+
+    >>> flops(Config.from_preset("base", vocab_size=32768)) / 1e9     # of 512 tokens
+    """
+    def encoder(layers, width, T, rows):
+        """Multiply-adds of a pass over T tokens whose last layer is wanted at `rows` of them."""
+        ffn_width = round(c.ffn_width * width / c.width)
+        keys_values = 2 * width * width
+        rest = width * (2 * width + 2 * ffn_width + 2 * T)  # of a token: q, output, feed-forward, attention to T
+        return layers * T * keys_values + ((layers - 1) * T + rows) * rest + T * width * c.width * (width != c.width)
+
+    T, K, A, vocabulary = c.max_len, c.masked, c.auxiliary_width, c.width * c.vocab_size
+    forward = encoder(c.layers, c.width, T, T)
+    if c.token_task != "mlm":
+        forward += T * c.width  # the copy head
+    if c.token_task != "rtd":
+        forward += (T if c.token_task == "all_token_mlm" else K) * vocabulary
+    if c.contrastive:
+        forward += encoder(c.layers, c.width, c.crop_len + 1, 1) + 2 * c.width**2
+    auxiliary, passes = 0, 3  # one forward and two backward
+    if c.token_task != "mlm" and c.corruption != "random":
+        auxiliary = encoder(c.auxiliary_layers, A, T, K) + K * (A * A + A * c.width * (A != c.width) + vocabulary)
+        passes = 1 if c.corruption == "frozen" else 4 if c.auxiliary_dropout else 3
+    return 2 * (3 * forward + passes * auxiliary)

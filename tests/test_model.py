@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as coco
 
@@ -472,10 +473,77 @@ def test_dropout_places(monkeypatch):
     """Embeddings, then attention probabilities and both sub-layer outputs in every layer; none inside the FFN."""
     sizes, model = [], build(dropout=0.25)
     tokens = make_batch(model.config)["tokens"]
-    monkeypatch.setattr(coco.F, "dropout", lambda x, p=0.5, *_: sizes.append((x.numel(), p)) or x)
+    monkeypatch.setattr(coco, "drop", lambda x, dropout: sizes.append((x.numel(), dropout)) or x)
     model.main(tokens)
     wide, square = (3 * 16 * 16, 0.25), (3 * 2 * 16 * 16, 0.25)  # B T D and B H T T
     assert sizes == [wide] + [square, wide, wide] * 2
+
+
+@pytest.mark.parametrize("probability, byte_values", [(0.1, 26), (0.5, 128), (0.001, 1), (0.9, 230)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drop_is_dropout_in_multiples_of_a_256th(probability, byte_values, dtype):
+    torch.manual_seed(3)
+    x = torch.full((7, 301, 203), 2.0, dtype=dtype, requires_grad=True)  # no multiple of 8 elements
+    y = coco.drop(x, probability)
+    y.sum().backward()
+    kept, share = (y != 0), byte_values / 256
+    assert torch.equal(y[kept], torch.full_like(y[kept], 2 / (1 - share))) and y.dtype == dtype
+    assert torch.equal(x.grad, y.detach() / 2)  # the gradient meets the same mask
+    n = x.numel()
+    assert abs((~kept).sum().item() - n * share) < 5 * math.sqrt(n * share * (1 - share))
+    for bit in range(8):  # the elements that share a draw are independent, each byte of the draw is used alike
+        of_byte = (~kept).flatten()[bit::8].float().mean().item()
+        assert abs(of_byte - share) < 5 * math.sqrt(8 / n * share * (1 - share))
+    pairs = ((~kept).flatten()[:-1] & (~kept).flatten()[1:]).float().mean().item()
+    assert abs(pairs - share**2) < 5 * math.sqrt(3 / n) * share + 1e-6
+    torch.manual_seed(3)
+    assert torch.equal(y, coco.drop(x, probability)) and not torch.equal(y, coco.drop(x, probability))
+    assert torch.equal(coco.drop(x, 0.0), x)
+
+
+def test_recomputing_changes_nothing():
+    """Gradients with dropout are the same to the bit, and fewer tensors are kept for them."""
+    model, gradients, kept = build(dropout=0.3, layers=4), [], []
+    batch = make_batch(model.config)
+    for model.main.recompute in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            loss = model(batch)[0]["loss"]
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < 0.7 * kept[0]
+
+
+@pytest.mark.parametrize("T", [16, 13])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bias_is_what_fused_kernels_take(T, autocast):
+    """In the type that attention computes in, rows at multiples of 8 elements, elements side by side."""
+    model = build()
+    padding = torch.zeros(2, T, dtype=torch.bool)
+    padding[1, -2:] = True
+    expected = model.main.bias(padding)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        bias = model.main.bias(padding)
+    assert bias.dtype == (torch.bfloat16 if autocast else torch.float32) and bias.shape == (2, 2, T, T)
+    assert bias.stride(-1) == 1 and all(stride % 8 == 0 for stride in bias.stride()[:-1])
+    assert torch.equal(bias, expected.to(bias.dtype)) and (bias[1, ..., -2:] == -INF).all() and bias[0].isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(auxiliary_width=8), dict(auxiliary_dropout=0.1), dict(corruption="random"), dict(corruption="frozen"),
+    dict(token_task="rtd"), dict(token_task="all_token_mlm"), dict(token_task="mlm"), dict(contrastive=False),
+    dict(relative_positions=False), dict(copy_mechanism=False), dict(crop=0.5, mask_fraction=0.3, layers=1)], ids=str)
+def test_flops_are_those_that_torch_counts(changes):
+    model = build(**changes).train()
+    batch = make_batch(model.config, (16, 16, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(batch, None, False)[0]["loss"].backward()
+    cosines = 3 * 2 * (2 * 3) ** 2 * model.config.width if model.config.contrastive else 0
+    assert counter.get_total_flops() == 3 * coco.flops(model.config) + cosines
 
 
 # --------------------------------------------------------------------------------------------------------------------
