@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import InputError, Progress, Tokenizer, checked, lower, parse_options, read_file, read_meta, run_command
 from model import COCOLM, PRESETS, Config
-from train import (COUNT, SHARE, choose_device, choose_dtype, learning_rate_at, make_optimizer, rank, read_checkpoint,
+from train import (COUNT, SHARE, choose_device, choose_dtype, keep_memory, learning_rate_at, make_optimizer, rank, read_checkpoint,
                    read_constants, restore, say, seed_pass, sum_over_processes, to_device, together, world)
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -899,6 +899,7 @@ def run_task(name, asked, start, where, dtype):
 
 
 def main():
+    keep_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

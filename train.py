@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import InputError, Sequences, Tokenizer, checked, nearest, parse_options, run_command, sentence
-from model import CHOICES, COCOLM, DEFAULTS, PRESETS, RANGES, Config
+from model import CHOICES, COCOLM, DEFAULTS, PRESETS, RANGES, Config, flops
 
 # --------------------------------------------------------------------------------------------------------------------
 # Constants. An option --name=value goes before what is written here, and that before the preset.
@@ -60,6 +60,7 @@ grad_clip = None                # from the preset; largest norm of the gradient,
 device = "auto"                 # auto | cpu | cuda | mps
 dtype = "auto"                  # auto | float32 | bfloat16 | float16: of the autocast; float16 brings loss scaling
 compile = "auto"                # auto | True | False: torch.compile; auto: on CUDA
+recompute = False               # True: activation checkpointing: about a third more time, much less memory
 # what is seen of it
 log_interval = 20               # steps between lines of the log
 eval_interval = None            # from the preset; steps between validations
@@ -113,11 +114,16 @@ ALLOWED = {name: list(CHOICES.get(name, ())) or RANGES.get(name, bool) for name 
     "warmup_steps": (0, 2**40), "learning_rate": (0.0, 10.0), "weight_decay": SHARE, "beta1": (0.0, 0.9999999),
     "beta2": (0.0, 0.9999999), "epsilon": (1e-30, 1.0), "grad_clip": (0.0, 1e9), "auxiliary_width": (0, 2**20),
     "device": ["auto", "cpu", "cuda", "mps"], "dtype": ["auto", "float32", "bfloat16", "float16"],
-    "compile": ["auto", "True", "False", True, False], "log_interval": COUNT, "eval_interval": COUNT,
+    "compile": ["auto", "True", "False", True, False], "recompute": bool, "log_interval": COUNT, "eval_interval": COUNT,
     "eval_batches": COUNT, "checkpoint_interval": COUNT,
 }
 FREE = {"data_dir", "out_dir", "init_from", "overwrite", "micro_batch_size", "max_steps", "device", "dtype", "compile",
-        "log_interval", "eval_interval", "eval_batches", "checkpoint_interval"}  # what a resumed run may change
+        "recompute", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval"}  # what a resumed run may change
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+PEAK = {  # teraflops a second, 16 bit with float32 sums, dense, from the makers' data sheets; the first name that fits
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
+    "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -283,6 +289,30 @@ def choose_dtype(settings, device):
         features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         name = "bfloat16" if features.get("avx512_bf16") or features.get("amx_bf16") else "float32"
     return getattr(torch, name)
+
+
+def keep_memory():
+    """Lets the process keep the memory that it frees. glibc gives large blocks back to the system and gets them anew,
+    page by page: a fifth of a step of preset small on the CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def peak_flops(device, dtype):
+    """Floating-point operations a second that the device can do: from PEAK, else of a matrix product, measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype != torch.float32 else ""
+    for gpu, rate in PEAK.items():
+        if gpu in name:
+            return rate * 1e12
+    n = 1024 if device.type == "cpu" else 8192
+    x, fastest, began = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.time()
+    while time.time() - began < 0.3:
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * n**3 / fastest
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -490,7 +520,7 @@ class Log:
         self.file = open(path, "a")
         self.start = time.time() - self.seconds
         print("\n" + "step".rjust(8) + " split" + "".join(n.rjust(w + 1) for n, w in COLUMNS.items())
-              + "     lr  grad norm  tokens/s  time left", flush=True)
+              + "     lr  grad norm  tokens/s   MFU  time left", flush=True)
 
     def __call__(self, split, step, values, left=None):
         row = {"split": split, "step": step, "seconds": round(time.time() - self.start, 3)}
@@ -501,7 +531,7 @@ class Log:
         tail = ""
         if split == "train":
             norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"  # a float16 overflow
-            tail = f"{row['lr']:8.1e} {norm:>9} {row['tokens_per_sec']:10,.0f}  {clock(left)}"
+            tail = f"{row['lr']:8.1e} {norm:>9} {row['tokens_per_sec']:10,.0f} {row['mfu']:5.0%}  {clock(left)}"
         print(f"{step:8,} {split:5}" + "".join(cells) + tail, flush=True)
 
 
@@ -682,6 +712,7 @@ def run(settings, checkpoint, device, dtype):
         together(start_from, model, settings["init_from"], tokenizer)
     if settings["auxiliary_from"] and not checkpoint:
         together(start_from, model, settings["auxiliary_from"], tokenizer, "auxiliary.")
+    model.main.recompute = settings["recompute"]
     model.to(device).train()
     optimizer = make_optimizer(model, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -718,9 +749,12 @@ def run(settings, checkpoint, device, dtype):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     counts = count_parameters(model)
+    sequence_flops, peak = flops(config), sum_over_processes(torch.tensor(peak_flops(device, dtype))).item()
     say(f"versions    {', '.join(f'{k} {v}' for k, v in versions.items())}\n"
         f"device      {device.type} ({name}), {str(dtype)[6:]}, compiled: {compiled}, {W} process{'es' * (W > 1)}\n"
         f"parameters  {', '.join(f'{k} {v:,}' for k, v in counts.items())}\n"
+        f"speed       {sequence_flops / 1e9:,.1f} GFLOP a sequence, at most {peak / 1e12:,.2f} TFLOP/s "
+        f"(MFU: the share of that)\n"
         f"step        {step_tokens:,} tokens = {W} processes x {accumulation} passes x {micro} sequences x "
         f"{config.max_len} tokens, {config.masked} of them masked\n"
         f"negatives   {2 * micro * (W if config.gather_negatives else 1) - 2} for each sequence vector in a pass\n"
@@ -808,8 +842,9 @@ def run(settings, checkpoint, device, dtype):
             result = means(totals)
             if rank() == 0:
                 speed = steps_since * step_tokens / (time.time() - since)
-                log("train", done, {"tokens": done * step_tokens, "tokens_per_sec": round(speed), "lr": lr,
-                                    "grad_norm": norm, **result}, left=(max_steps - done) * step_tokens / speed)
+                mfu = speed / config.max_len * sequence_flops / peak
+                log("train", done, {"tokens": done * step_tokens, "tokens_per_sec": round(speed), "mfu": round(mfu, 4),
+                                    "lr": lr, "grad_norm": norm, **result}, left=(max_steps - done) * step_tokens / speed)
         if done % settings["eval_interval"] == 0 or last:
             final = validate(done)
         if done % settings["checkpoint_interval"] == 0 or last or signalled:
@@ -828,6 +863,7 @@ def run(settings, checkpoint, device, dtype):
 
 
 def main():
+    keep_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop begins
