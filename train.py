@@ -740,7 +740,7 @@ def run(settings, checkpoint, device, dtype):
     ddp = model
     if W > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True, broadcast_buffers=False)
+                                      gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     # --- what will happen
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
