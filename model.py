@@ -437,7 +437,7 @@ def scl_statistics(cosine):
     return {
         "scl_accuracy": pair(cosine.masked_fill(itself, -math.inf).argmax(-1) == twin),
         "alignment": pair(2 - 2 * cosine.gather(1, twin[:, None])),
-        "uniformity": pair(means.clamp(min=1e-9).log().mean(), torch.tensor(N > 1, device=cosine.device)),
+        "uniformity": pair(means.clamp(min=1e-9).log().mean(), torch.full((), N > 1, device=cosine.device)),
     }
 
 
@@ -446,7 +446,7 @@ def mean_cosine(pooled):
     same to it.  (N, D) -> (2,)"""
     unit = F.normalize(pooled.float(), dim=-1)
     N = len(unit)
-    return torch.stack([unit.sum(0).square().sum() - N, torch.tensor(float(N * (N - 1)), device=unit.device)])
+    return torch.stack([unit.sum(0).square().sum() - N, torch.full((), N * (N - 1.0), device=unit.device)])
 
 
 # --------------------------------------------------------------------------------------------------------------------
