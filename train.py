@@ -640,12 +640,14 @@ def try_to_compile(model, batch, autocast):
     model.passes = torch.compile(eager, dynamic=False)
     say("compiling ...")
     try:
-        with autocast:
-            losses, _, _ = model(batch, None, False)
-        losses["loss"].backward()
+        for training, with_statistics in ((True, False), (True, True), (False, True)):  # all that a run does
+            with autocast, torch.set_grad_enabled(training):
+                losses, _, _ = model.train(training)(batch, None, with_statistics)
+            if training:
+                losses["loss"].backward()
     except Exception as error:  # no compiler, an unsupported device, ...
         problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    model.zero_grad(set_to_none=True)
+    model.train().zero_grad(set_to_none=True)
     if sum_over_processes(torch.tensor(float(problem is not None))) > 0:
         model.passes = eager
         say(f"torch.compile failed, so the run goes on without it ({problem or 'on another process'}).")

@@ -508,11 +508,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch,
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 2
 
 
-def test_where_compiling_fails_the_run_goes_on(options, tmp_path, monkeypatch, capsys):
-    def fails(*arguments, **options):
-        raise RuntimeError("no compiler here")
+@pytest.mark.parametrize("which", [0, 2])
+def test_where_compiling_fails_the_run_goes_on(options, tmp_path, monkeypatch, capsys, which):
+    """Whichever of the passes it is: training, or evaluation."""
+    def stand_in(function, **options):
+        def compiled(batch, with_statistics):
+            kind = 2 if not torch.is_grad_enabled() else int(with_statistics)
+            if kind == which:
+                raise RuntimeError("no compiler here")
+            return function(batch, with_statistics)
+        return compiled
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
+    monkeypatch.setattr(torch, "compile", stand_in)
     run([*options, "--compile=True"])
     assert "torch.compile failed, so the run goes on without it (RuntimeError: no compiler here)" in capsys.readouterr().out
     assert len(rows(tmp_path / "out", "train")) == 3
