@@ -810,10 +810,7 @@ def open_start(asked):
         tokenizer, config = Tokenizer.load(source), None
     else:
         checkpoint = read_checkpoint(source)
-        try:
-            tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{source} has no tokenizer that can be read, so texts cannot be fed to it.") from None
+        tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], source)
         model = restore(checkpoint, source)
         config = model.config
         if (config.vocab_size, config.pad_id) != (tokenizer.vocab_size, tokenizer.pad_id):
