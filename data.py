@@ -91,7 +91,7 @@ def checked(name, value, allowed):
         wanted = None if str(value) in ("True", "False", "true", "false") else "True or False"
         value = value if wanted else str(value) in ("True", "true")
     elif allowed is str:
-        wanted = None if isinstance(value, str) else "text"
+        wanted = None if isinstance(value, str) and "\0" not in value else "text"
     elif isinstance(allowed, list):
         match = [choice for choice in allowed if str(choice).lower() == str(value).lower()]
         wanted = None if match else "one of " + ", ".join(map(str, allowed))
@@ -733,8 +733,8 @@ def check_tokens(path, tokens, vocab_size, checksum):
     for start in range(0, len(tokens), 2**24):
         part = tokens[start : start + 2**24]
         if part.max() >= vocab_size:
-            raise InputError(f"{path} has the token {part.max()} at place {start + part.argmax():,}, beyond its vocabulary "
-                             f"of {vocab_size:,}; prepare it again.")
+            raise InputError(f"{path} has the token {part.max()} at place {start + part.argmax():,}, beyond its "
+                             f"vocabulary of {vocab_size:,}; prepare it again.")
         digest.update(part)
     if checksum and checksum != digest.hexdigest():
         raise InputError(f"{path} is not as meta.json says (its sha256 is {digest.hexdigest()}, not {checksum}); "

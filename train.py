@@ -421,7 +421,11 @@ def keep_milestone(path, step, settings):
         put_also(path, path.with_name(f"ckpt.{step}.pt"))
 
 
-def read_checkpoint(path):
+PARTS = {"model": dict, "optimizer": dict, "step": int, "config": dict, "constants": dict, "tokenizer": dict,
+         "versions": dict}
+
+
+def read_checkpoint(path, parts=PARTS, of="train.py"):
     """The dict that was saved; InputError if there is none, or not one of ours."""
     try:
         checkpoint = load_whole(path)
@@ -431,15 +435,13 @@ def read_checkpoint(path):
         raise  # run_command has a sentence for them
     except Exception as error:  # zipfile's, pickle's and torch's own kinds of damage
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from None
-    parts = {"model": dict, "optimizer": dict, "step": int, "config": dict, "constants": dict, "tokenizer": dict,
-             "versions": dict}
     if not isinstance(checkpoint, dict):
         checkpoint = {}
     for name, kind in parts.items():
         if not isinstance(checkpoint.get(name), kind):
-            raise InputError(f"{path} is no checkpoint of train.py: it has no {name} that can be used.")
+            raise InputError(f"{path} is no checkpoint of {of}: it has no {name} that can be used.")
     if checkpoint["step"] < 0:
-        raise InputError(f"{path} is no checkpoint of train.py: its step is {checkpoint['step']}.")
+        raise InputError(f"{path} is no checkpoint of {of}: its step is {checkpoint['step']}.")
     return checkpoint
 
 
@@ -1005,7 +1007,7 @@ def run(settings, checkpoint, device, dtype):
             terms = dict(zip(losses, (sums / accumulation).tolist()))
             what, details = describe(step, model, length, terms, train, tokenizer, settings)
             if debug:
-                say(details, f"\n  {what}" * bool(bad))
+                say(details + f"\n  {what}" * bool(bad))
                 return
             if rank() == 0:
                 what += f" for the {SKIPS}th step in a row, at whatever loss scale" * (not bad)
