@@ -91,7 +91,7 @@ def checked(name, value, allowed):
         wanted = None if str(value) in ("True", "False", "true", "false") else "True or False"
         value = value if wanted else str(value) in ("True", "true")
     elif allowed is str:
-        wanted = None if isinstance(value, str) else "text"
+        wanted = None if isinstance(value, str) and "\0" not in value else "text"
     elif isinstance(allowed, list):
         match = [choice for choice in allowed if str(choice).lower() == str(value).lower()]
         wanted = None if match else "one of " + ", ".join(map(str, allowed))
@@ -126,7 +126,7 @@ def parse_options(argv, options, usage):
             continue
         name, equals, value = argument.lstrip("-").partition("=")
         if name not in options:
-            raise InputError(f"there is no option --{name}{nearest(name, options)}")
+            raise InputError(f"there is no option --{repr(name)[1:-1]}{nearest(name, options)}")
         if not equals:
             raise InputError(f"write --{name}=VALUE, with an equals sign and no space.")
         given[name] = checked(name, value, options[name][1])
@@ -149,6 +149,15 @@ def run_command(main, quiet=lambda: False):
     sys.exit(2)
 
 
+def tell(*words, end="\n"):
+    """print, which the work outlives: after `python train.py | head -3`, or with standard output on a full disk, the
+    run goes on without a word; what counts is in its files."""
+    try:
+        print(*words, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Progress:
     """Says how far a long work is, how fast and how long still: a line, redrawn in a terminal, else every 10 s."""
 
@@ -163,12 +172,12 @@ class Progress:
         self.last = now
         speed = done / (now - self.start)
         left = f", {max(self.total - done, 0) / speed:.0f} s left" if self.total else ""
-        line = f"{self.what}: {done / self.scale:.1f} {self.unit}, {speed / self.scale:.2f} {self.unit}/s{left}"
-        print("\r\033[K" + line if terminal else line, end="" if terminal else "\n", flush=True)
+        line = f"{self.what}: {done / self.scale:,.{int(self.scale > 1)}f} {self.unit}, {speed / self.scale:.2f} {self.unit}/s{left}"
+        tell("\r\033[K" + line if terminal else line, end="" if terminal else "\n")
 
     def end(self):
         if sys.stdout.isatty():
-            print("\r\033[K", end="", flush=True)
+            tell("\r\033[K", end="")
 
 
 def start_worker(setup, arguments):
@@ -499,12 +508,18 @@ class Tokenizer:
         return {"ranks": lines, "pattern": self.pattern, "lowercase": self.lowercase}
 
     @classmethod
-    def from_state(cls, state):
-        ranks = {}
-        for line in state["ranks"].splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        return cls(ranks, state["pattern"], state["lowercase"])
+    def from_state(cls, state, path="this"):
+        """The tokenizer with this state; path: where it comes from, for the message if it is damaged."""
+        try:
+            ranks = {}
+            for line in state["ranks"].splitlines():
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            if len(set(ranks.values())) < len(ranks) or any(bytes([b]) not in ranks for b in range(256)):
+                raise ValueError  # tiktoken would only find out later, and panic
+            return cls(ranks, state["pattern"], state["lowercase"])
+        except Exception as error:  # of base64 or of tiktoken, which has its own kinds
+            raise InputError(f"{path} has no tokenizer that can be read ({type(error).__name__}).") from None
 
     @classmethod
     def load(cls, folder):
@@ -512,19 +527,25 @@ class Tokenizer:
         meta, ranks = read_meta(folder), Path(folder, "tokenizer.tiktoken").read_bytes()
         if hashlib.sha256(ranks).hexdigest() != meta["sha256"].get("tokenizer"):
             raise InputError(f"{folder}/tokenizer.tiktoken is not as meta.json says; prepare the corpus again.")
-        return cls.from_state({"ranks": ranks.decode(), **meta})
+        tokenizer = cls.from_state({"ranks": ranks.decode(errors="replace"), **meta}, folder)
+        if tokenizer.special_ids != meta["special_ids"] or tokenizer.vocab_size != meta["vocab_size"]:
+            raise InputError(f"{folder}/meta.json has other special_ids than its tokenizer; prepare the corpus again.")
+        return tokenizer
 
 
 def read_meta(folder):
     """What write_tokens and prepare said of a corpus."""
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
-        if {"vocab_size", "lowercase", "pattern", "sha256"} <= set(meta) and {"train", "val"} <= set(meta["tokens"]) and (
-                set(SPECIALS) <= set(meta["special_ids"])):
+        numbers = [meta["vocab_size"], *(meta["tokens"][split] for split in ("train", "val")),
+                   *(meta["special_ids"][name] for name in SPECIALS)]
+        kinds = {"lowercase": bool, "pattern": str, "sha256": dict}
+        if all(type(n) is int and 0 <= n < 2**48 for n in numbers) and all(
+                isinstance(meta[name], kind) for name, kind in kinds.items()):
             return meta
     except FileNotFoundError:
         raise InputError(f"{folder} is no prepared corpus: it has no meta.json; make it with python data.py.") from None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise InputError(f"{folder}/meta.json is damaged; prepare the corpus again.")
 
@@ -662,10 +683,10 @@ def prepare(paths=(), **given):
 
     tokens, text_bytes = sum(meta["tokens"].values()), meta["bytes"]
     first = np.fromfile(folder / "train.bin", token_dtype(tokenizer.vocab_size), 30)
-    print(f"prepared {folder}: {meta['documents']:,} documents, {text_bytes / 1e6:.1f} MB, {tokens:,} tokens "
-          f"({meta['tokens']['train']:,} train, {meta['tokens']['val']:,} val)\n"
-          f"  {text_bytes / max(tokens, 1):.2f} bytes per token, vocabulary {tokenizer.vocab_size:,}, {seconds:.1f} s\n"
-          f"  it begins: {'|'.join(tokenizer.pieces(first))!r}", flush=True)
+    tell(f"prepared {folder}: {meta['documents']:,} documents, {text_bytes / 1e6:.1f} MB, {tokens:,} tokens "
+         f"({meta['tokens']['train']:,} train, {meta['tokens']['val']:,} val)\n"
+         f"  {text_bytes / max(tokens, 1):.2f} bytes per token, vocabulary {tokenizer.vocab_size:,}, {seconds:.1f} s\n"
+         f"  it begins: {'|'.join(tokenizer.pieces(first))!r}")
     return folder
 
 
@@ -706,6 +727,20 @@ def write_tokens(folder, tokenizer, stream, val_fraction, workers, total):
 # Batches
 
 
+def check_tokens(path, tokens, vocab_size, checksum):
+    """Reads a split once: all ids have to be in the vocabulary, and all bytes those that were written (1 GB/s)."""
+    digest = hashlib.sha256()
+    for start in range(0, len(tokens), 2**24):
+        part = tokens[start : start + 2**24]
+        if part.max() >= vocab_size:
+            raise InputError(f"{path} has the token {part.max()} at place {start + part.argmax():,}, beyond its "
+                             f"vocabulary of {vocab_size:,}; prepare it again.")
+        digest.update(part)
+    if checksum and checksum != digest.hexdigest():
+        raise InputError(f"{path} is not as meta.json says (its sha256 is {digest.hexdigest()}, not {checksum}); "
+                         f"prepare it again.")
+
+
 class Sequences:
     """Packed sequences of one split, exactly max_len tokens each: [CLS] and the next max_len - 1 of the corpus.
 
@@ -714,13 +749,15 @@ class Sequences:
     positions, its crop and the uniform numbers that the auxiliary samples with.
     """
 
-    def __init__(self, folder, split, max_len, masked, crop_len, seed):
+    def __init__(self, folder, split, max_len, masked, crop_len, seed, check=True):
         meta = read_meta(folder)
         path = Path(folder, f"{split}.bin")
         dtype = token_dtype(meta["vocab_size"])
         if not path.exists() or path.stat().st_size != meta["tokens"][split] * dtype.itemsize:
             raise InputError(f"{path} is not as meta.json says ({meta['tokens'][split]:,} tokens); prepare it again.")
         self.tokens = np.memmap(path, dtype, "r") if meta["tokens"][split] else np.zeros(0, dtype)
+        if check:
+            check_tokens(path, self.tokens, meta["vocab_size"], meta["sha256"].get(split))
         self.max_len, self.masked, self.crop_len, self.seed = max_len, masked, crop_len, seed
         self.cls_id, self.sep_id = meta["special_ids"]["[CLS]"], meta["special_ids"]["[SEP]"]
         self.order = functools.lru_cache(maxsize=2)(self.order)

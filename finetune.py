@@ -38,8 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import InputError, Progress, Tokenizer, checked, lower, parse_options, read_file, read_meta, run_command
 from model import COCOLM, PRESETS, Config
-from train import (COUNT, SHARE, choose_device, choose_dtype, keep_memory, learning_rate_at, make_optimizer, rank, read_checkpoint,
-                   read_constants, restore, say, seed_pass, sum_over_processes, to_device, together, world)
+from train import (COUNT, SHARE, choose_device, choose_dtype, keep_memory, learning_rate_at, make_optimizer, on_first,
+                   rank, read_checkpoint, read_constants, restore, say, seed_pass, sum_over_processes, to_device,
+                   together, world)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Constants. An option --name=value goes before what is written here, and that before the table of tasks.
@@ -549,10 +550,14 @@ def build(name, config, dropout, seed, weights=None):
 
 def load_finetuned(path, device="cpu"):
     """(the model in evaluation mode, its Tokenizer, the name of its task) of a best.pt or last.pt."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    model = build(saved["task"], Config(**saved["config"]), saved["settings"]["dropout"], 0)
-    model.load_state_dict(saved["model"])
-    return model.to(device).eval(), Tokenizer.from_state(saved["tokenizer"]), saved["task"]
+    parts = {"model": dict, "config": dict, "settings": dict, "task": str, "step": int, "tokenizer": dict}
+    saved = read_checkpoint(path, parts, "finetune.py")
+    try:
+        model = build(saved["task"], Config(**saved["config"]), saved["settings"]["dropout"], 0)
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path} does not fit this finetune.py: {' '.join(str(error).split())[:300]}.") from None
+    return model.to(device).eval(), Tokenizer.from_state(saved["tokenizer"], path), saved["task"]
 
 
 def losses_of(logits, batch):
@@ -742,14 +747,6 @@ def write_predictions(folder, sets, dev, test):
         put(folder / f"{name}.dev.tsv", table(["index", "prediction", "gold"], rows))
 
 
-def on_first(work, *arguments):
-    """What the first process' work(*arguments) returns, on all of them."""
-    result = [together(lambda: work(*arguments) if rank() == 0 else None)]
-    if world() > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
 def finished_runs(folder, decisive, overwrite):
     """Records of the seeds that results.json has; refuses to mix those of other settings with ours."""
     path = folder / "results.json"
@@ -811,10 +808,7 @@ def open_start(asked):
         tokenizer, config = Tokenizer.load(source), None
     else:
         checkpoint = read_checkpoint(source)
-        try:
-            tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{source} has no tokenizer that can be read, so texts cannot be fed to it.") from None
+        tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], source)
         model = restore(checkpoint, source)
         config = model.config
         if (config.vocab_size, config.pad_id) != (tokenizer.vocab_size, tokenizer.pad_id):

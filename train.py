@@ -22,7 +22,9 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import InputError, Sequences, Tokenizer, checked, nearest, parse_options, run_command, sentence
+from data import InputError, Sequences, Tokenizer, checked, nearest, parse_options, run_command, sentence, tell
 from model import CHOICES, COCOLM, DEFAULTS, PRESETS, RANGES, Config, flops
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -66,6 +68,9 @@ log_interval = 20               # steps between lines of the log
 eval_interval = None            # from the preset; steps between validations
 eval_batches = None             # from the preset; batches of batch_size validation sequences, fewer if there are fewer
 checkpoint_interval = None      # from the preset; steps between checkpoints
+checkpoint_keep = 0             # milestones: so many checkpoints, spread over the run, stay as ckpt.STEP.pt
+timeout = 600                   # seconds that a process waits for the others before it says which are gone, and ends
+debug_step = 0                  # N: only computes step N with the weights of init_from and says all of it
 # the model and its objective; what each means stands at Config in model.py
 max_len = None                  # from the preset; tokens in a sequence
 layers = None                   # from the preset; of the main Transformer
@@ -97,7 +102,7 @@ gather_negatives = None         # from the preset; False: contrast within a proc
 
 TRAINING = {  # what a preset says about training; learning rate, warm-up and clipping are ours, no source has them
     "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1300, warmup_steps=300, learning_rate=1.5e-3,
-                 grad_clip=2.0, eval_interval=200, eval_batches=16, checkpoint_interval=200),
+                 grad_clip=2.0, eval_interval=650, eval_batches=16, checkpoint_interval=200),
     "small": dict(batch_size=256, micro_batch_size=32, max_steps=100_000, warmup_steps=5_000, learning_rate=5e-4,
                   grad_clip=2.0, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
     "base": dict(batch_size=2048, micro_batch_size=32, max_steps=125_000, warmup_steps=10_000, learning_rate=5e-4,
@@ -114,11 +119,14 @@ ALLOWED = {name: list(CHOICES.get(name, ())) or RANGES.get(name, bool) for name 
     "warmup_steps": (0, 2**40), "learning_rate": (0.0, 10.0), "weight_decay": SHARE, "beta1": (0.0, 0.9999999),
     "beta2": (0.0, 0.9999999), "epsilon": (1e-30, 1.0), "grad_clip": (0.0, 1e9), "auxiliary_width": (0, 2**20),
     "device": ["auto", "cpu", "cuda", "mps"], "dtype": ["auto", "float32", "bfloat16", "float16"],
-    "compile": ["auto", "True", "False", True, False], "recompute": bool, "log_interval": COUNT, "eval_interval": COUNT,
-    "eval_batches": COUNT, "checkpoint_interval": COUNT,
+    "compile": ["auto", "True", "False", True, False], "recompute": bool, "log_interval": COUNT,
+    "eval_interval": COUNT, "eval_batches": COUNT, "checkpoint_interval": COUNT, "checkpoint_keep": (0, 2**40),
+    "timeout": (1, 10**6), "debug_step": (0, 2**40),
 }
 FREE = {"data_dir", "out_dir", "init_from", "overwrite", "micro_batch_size", "max_steps", "device", "dtype", "compile",
-        "recompute", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval"}  # what a resumed run may change
+        "recompute", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "checkpoint_keep", "timeout",
+        "debug_step"}  # what a resumed run may change
+SKIPS = 50  # steps in a row that float16 may skip: the scale has then been halved as often, so it is not the scale
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 PEAK = {  # teraflops a second, 16 bit with float32 sums, dense, from the makers' data sheets; the first name that fits
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
@@ -140,54 +148,106 @@ def read_constants(path, values, allowed):
 
 
 def settle(argv):
-    """All settings of this run, the configuration fields among them, and the checkpoint it goes on from or None."""
+    """All settings of this run, the configuration fields among them, and the checkpoint it goes on from or None. That
+    has to lie on the first process' disk alone: the others get all but its weights, see `share`."""
+    in_file, given = together(read_options, argv)
+    asked = {name: value for name, value in {**in_file, **given}.items() if value is not None}
+    checkpoint = together(lambda: find_checkpoint(asked) if rank() == 0 else None)
+    light = on_first(lambda: checkpoint and {**checkpoint, "model": {}, "optimizer": {
+        "scaler": checkpoint["optimizer"].get("scaler", {})}})
+    try:
+        settings = together(choose, in_file, given, light)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if not light:
+            raise
+        raise InputError(f"{asked['out_dir']}/ckpt.pt has constants that cannot be used ({error!r}).") from None
+    for path in () if light else (settings["init_from"], settings["auxiliary_from"]):
+        if path not in ("scratch", "resume_or_scratch", ""):
+            on_first(lambda: read_checkpoint(path) and None)  # found now if it is missing or damaged
+    return settings, checkpoint or light
+
+
+def read_options(argv):
+    """The constants in this file (None: the preset's), and the options on the command line."""
     options = read_constants(__file__, globals(), ALLOWED)
     given, others = parse_options(argv, options, __doc__)
     if others:
         raise InputError(f"unexpected {others[0]!r}: options are written --name=value.")
     from_preset = {**MODEL_DEFAULTS, **TRAINING["tiny"]}
-    in_file = {name: None if value is None and name in from_preset else checked(name, value, allowed)
-               for name, (value, allowed, _) in options.items()}
-    asked = {name: value for name, value in {**in_file, **given}.items() if value is not None}
+    return {name: None if value is None and name in from_preset else checked(name, value, allowed)
+            for name, (value, allowed, _) in options.items()}, given
 
-    checkpoint, path = None, Path(asked["out_dir"], "ckpt.pt")
+
+def find_checkpoint(asked):
+    """What is resumed from: out_dir/ckpt.pt or, where that is damaged, the one before it; None for a new run."""
+    path, start = Path(asked["out_dir"], "ckpt.pt"), asked["init_from"]
     before_it = path.with_name("ckpt.prev.pt")
     if not path.exists() and before_it.exists() and not asked["overwrite"]:
-        raise InputError(f"{path} is gone but {before_it} is there: rename it to ckpt.pt to go on, or say --overwrite=True.")
+        raise InputError(f"{path} is gone but {before_it} is there: rename it to ckpt.pt to go on, or say "
+                         f"--overwrite=True.")
     parent = next(p for p in [path.parent.absolute(), *path.parent.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"out_dir={path.parent} cannot be used: {parent} is no folder that one can write to.")
-    if asked["init_from"] == "resume" or (asked["init_from"] == "resume_or_scratch" and path.exists()):
-        checkpoint = read_checkpoint(path)
-        before = checkpoint["constants"]
-        changed = {name: value for name, value in in_file.items() if value != before["in_file"].get(name, value)}
-        asked = {name: value for name, value in {**changed, **given}.items() if value is not None}
-        for name, value in asked.items():
-            if name not in FREE and value != before.get(name, value):
-                raise InputError(f"{name}={value} cannot be changed in a resumed run, which has {name}={before[name]}; "
-                                 f"start another run with --init_from={path} and another --out_dir.")
-        asked = {**before, "out_dir": str(path.parent), **asked}
-        if "micro_batch_size" not in {**changed, **given}:  # keep the number of negatives if the processes changed
-            asked["micro_batch_size"] = max(1, before["micro_batch_size"] * before["processes"] // world())
-    elif asked["init_from"] not in ("resume", "resume_or_scratch") and not asked["overwrite"]:
+    if start == "resume" or (start == "resume_or_scratch" and path.exists()):
+        try:
+            return read_checkpoint(path)
+        except InputError as error:
+            if not before_it.exists():
+                raise
+            first = str(error).rstrip(".")
+        try:
+            checkpoint = read_checkpoint(before_it)
+        except InputError as error:
+            raise InputError(f"{first}, and {error}") from None
+        say(f"warning: {first}, so the run goes on from {before_it}, step {checkpoint['step']}.")
+        return checkpoint
+    if start != "resume_or_scratch" and not asked["overwrite"] and not asked["debug_step"]:
         for name in ("ckpt.pt", "log.jsonl"):
             if (path.parent / name).exists():
                 raise InputError(f"{path.parent} holds a run already: go on with it by --init_from=resume, "
                                  f"choose another --out_dir, or say --overwrite=True.")
+    return None
+
+
+def choose(in_file, given, checkpoint):
+    """The settings: of the command line, else an edited constant, else the resumed checkpoint, else the preset."""
+    asked = {name: value for name, value in {**in_file, **given}.items() if value is not None}
+    before, explicit = checkpoint and checkpoint["constants"], "micro_batch_size" in asked
+    if checkpoint:
+        before = before | {n: checked(n, value, ALLOWED[n]) for n, value in before.items() if n in ALLOWED}
+        changed = {name: value for name, value in in_file.items() if value != before["in_file"].get(name, value)}
+        path = Path(asked["out_dir"])
+        asked = {name: value for name, value in {**changed, **given}.items() if value is not None}
+        for name, value in asked.items():
+            if name not in FREE and value != before.get(name, value):
+                raise InputError(f"{name}={value} cannot be changed in a resumed run, which has {name}={before[name]}; "
+                                 f"start another run with --init_from={path}/ckpt.pt and another --out_dir.")
+        explicit, asked = "micro_batch_size" in asked, {**before, "out_dir": str(path), **asked}
+        if not explicit:  # keep the number of negatives if the processes changed
+            asked["micro_batch_size"] = max(1, before["micro_batch_size"] * before["processes"] // world())
 
     of_preset = {**MODEL_DEFAULTS, **TRAINING[asked["preset"]], **PRESETS[asked["preset"]]}
     chosen = {**of_preset, **asked, "in_file": in_file}
     chosen["changed"] = "".join(f" {n}={v}" for n, v in asked.items() if n in of_preset and v != of_preset[n])
-    split_batch(chosen, explicit="micro_batch_size" in asked)
+    split_batch(chosen, explicit)
+    if checkpoint:
+        chosen["resumed_with"] = {name: chosen[name] for name in [*ALLOWED, "processes"] if name in before
+                                  and chosen[name] != before[name] and name not in ("init_from", "overwrite")}
+        if chosen["contrastive"] and negatives(chosen) != negatives(before):
+            say(f"warning: each sequence vector has {negatives(chosen)} negatives in a pass, no longer "
+                f"{negatives(before)}: the sequences stay the same, the contrastive loss does not; processes x "
+                f"micro_batch_size decides.")
     if chosen["warmup_steps"] > chosen["max_steps"]:
         say(f"warmup_steps={chosen['warmup_steps']} is longer than the run: shortened to {chosen['max_steps']} steps.")
     if (chosen["corruption"] == "frozen") != bool(chosen["auxiliary_from"]):
         raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT go together: give both or neither.")
-    for start in () if checkpoint else (chosen["init_from"], chosen["auxiliary_from"]):
-        if start not in ("scratch", "resume_or_scratch", ""):
-            read_checkpoint(start)  # found now if it is missing or damaged
     make_config(chosen, vocab_size=2**16)  # a value out of range is found now, not after the text is prepared
-    return chosen, checkpoint
+    return chosen
+
+
+def negatives(settings):
+    """How many others each sequence vector is contrasted with in a pass."""
+    return 2 * settings["micro_batch_size"] * (settings["processes"] if settings["gather_negatives"] else 1) - 2
 
 
 def split_batch(settings, explicit):
@@ -222,7 +282,7 @@ def rank():
 
 def say(*words):
     if rank() == 0:
-        print(*words, flush=True)
+        tell(*words)
 
 
 def together(work, *arguments):
@@ -233,13 +293,27 @@ def together(work, *arguments):
         result = work(*arguments)
     except (InputError, OSError) as error:
         problem = sentence(error)
-    if world() > 1:
-        problems = [None] * world()
-        dist.all_gather_object(problems, problem)
-        problem = next((p for p in problems if p), None)
+    problem = next((p for p in everyones(problem) if p), None)
     if problem:
         raise InputError(problem)
     return result
+
+
+def on_first(work, *arguments):
+    """What the first process' work(*arguments) returns, on all of them."""
+    result = [together(lambda: work(*arguments) if rank() == 0 else None)]
+    if world() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def everyones(value):
+    """The values of all processes, in a list."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def gather_vectors(vectors):
@@ -319,8 +393,36 @@ def peak_flops(device, dtype):
 # Checkpoints
 
 
+def load_whole(path, **how):
+    """torch.load behind a look at all checksums, 2 GB/s: by itself it takes a tensor with a flipped bit as it is."""
+    with zipfile.ZipFile(path) as archive:  # with an attribute's bit for a folder torch would read unset memory
+        if archive.testzip() or any(record.external_attr for record in archive.infolist()):
+            raise zipfile.BadZipFile("a checksum differs")
+    return torch.load(path, map_location="cpu", weights_only=True, **how)
+
+
+def is_whole(path):
+    try:
+        return bool(load_whole(path, mmap=True))
+    except Exception:  # zipfile's, pickle's and torch's own kinds of damage
+        return False
+
+
+def put_also(path, other):
+    """Makes `other` the same file as `path`, at no moment an incomplete one."""
+    spare = path.with_suffix(".spare")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, spare)
+    os.replace(spare, other)
+    spare.unlink(missing_ok=True)  # os.replace leaves it if both are the same file already
+
+
 def write_checkpoint(path, checkpoint):
-    """Puts a checkpoint in place so that at no moment there is none; the one before stays as ckpt.prev.pt."""
+    """Puts a checkpoint in place so that at no moment there is none. The one before stays as ckpt.prev.pt, unless it
+    was damaged meanwhile: then the one before that does."""
     path = Path(path)
     partial = path.with_suffix(".partial")
     try:
@@ -328,39 +430,49 @@ def write_checkpoint(path, checkpoint):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if is_whole(path):
+            put_also(path, path.with_suffix(".prev.pt"))
+        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
+        for unfinished in (partial, path.with_suffix(".spare")):
+            unfinished.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise InputError(f"{path} could not be written ({reason}); the last checkpoint stands.") from None
-    if path.exists():
-        spare = path.with_suffix(".spare")
-        spare.unlink(missing_ok=True)
-        try:
-            os.link(path, spare)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, spare)
-        os.replace(spare, path.with_suffix(".prev.pt"))
-    os.replace(partial, path)
 
 
-def read_checkpoint(path):
+def milestones(out):
+    return [file for file in out.glob("ckpt.*.pt") if re.fullmatch(r"ckpt\.\d+\.pt", file.name)]
+
+
+def keep_milestone(path, step, settings):
+    """The first checkpoint at or behind each checkpoint_keep-th part of the run stays as ckpt.STEP.pt."""
+    mark = step * settings["checkpoint_keep"] // settings["max_steps"]
+    there = [int(file.name.split(".")[1]) for file in milestones(path.parent)]
+    if mark and all(other * settings["checkpoint_keep"] // settings["max_steps"] != mark for other in there):
+        put_also(path, path.with_name(f"ckpt.{step}.pt"))
+
+
+PARTS = {"model": dict, "optimizer": dict, "step": int, "config": dict, "constants": dict, "tokenizer": dict,
+         "versions": dict}
+
+
+def read_checkpoint(path, parts=PARTS, of="train.py"):
     """The dict that was saved; InputError if there is none, or not one of ours."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_whole(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: there is no checkpoint to start from.") from None
     except (IsADirectoryError, PermissionError):
         raise  # run_command has a sentence for them
     except Exception as error:  # zipfile's, pickle's and torch's own kinds of damage
-        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}); the one before it is kept as "
-                         f"ckpt.prev.pt.") from None
-    parts = {"model": dict, "optimizer": dict, "step": int, "config": dict, "constants": dict, "tokenizer": dict,
-             "versions": dict}
+        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from None
     if not isinstance(checkpoint, dict):
         checkpoint = {}
     for name, kind in parts.items():
         if not isinstance(checkpoint.get(name), kind):
-            raise InputError(f"{path} is no checkpoint of train.py: it has no {name} that can be used.")
+            raise InputError(f"{path} is no checkpoint of {of}: it has no {name} that can be used.")
+    if checkpoint["step"] < 0:
+        raise InputError(f"{path} is no checkpoint of {of}: its step is {checkpoint['step']}.")
     return checkpoint
 
 
@@ -369,15 +481,37 @@ def restore(checkpoint, path):
     try:
         model = COCOLM(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit this model.py: {' '.join(str(error).split())[:300]}") from None
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path} does not fit this model.py: {' '.join(str(error).split())[:300]}.") from None
     return model
+
+
+def restore_optimizer(optimizer, scaler, state, path):
+    """Takes over a checkpoint's moments and loss scale; returns how many steps float16 skipped so far, and in a row."""
+    try:
+        scale = state.pop("scaler", {})
+        if state:
+            optimizer.load_state_dict(state)
+        if scaler.is_enabled() and "scale" in scale:
+            scaler.load_state_dict(scale)
+        return scale.get("skipped", 0), scale.get("in_a_row", 0)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputError(f"{path} has no optimizer that fits this model ({type(error).__name__}).") from None
+
+
+def share(optimizer):
+    """The first process' moments to all others, one tensor at a time: none of them holds a checkpoint in memory."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[p]
+        for name, like in (("step", p.new_zeros((), dtype=torch.float32)), ("exp_avg", p), ("exp_avg_sq", p)):
+            state.setdefault(name, torch.zeros_like(like, memory_format=torch.preserve_format))
+            dist.broadcast(state[name], 0)
 
 
 def load_checkpoint(path, device="cpu"):
     """(the COCOLM in evaluation mode, its Tokenizer) of a checkpoint of ours."""
     checkpoint = read_checkpoint(path)
-    return restore(checkpoint, path).to(device).eval(), Tokenizer.from_state(checkpoint["tokenizer"])
+    return restore(checkpoint, path).to(device).eval(), Tokenizer.from_state(checkpoint["tokenizer"], path)
 
 
 def start_from(model, path, tokenizer, part=""):
@@ -402,7 +536,7 @@ def start_from(model, path, tokenizer, part=""):
     try:
         fresh, unused = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}.") from None
     fresh = [name for name in fresh if name.startswith(part) and not name.startswith("auxiliary.embeddings.")]
     for words, names in (("not in it, so started anew", fresh), ("in it but not used", unused)):
         if names:
@@ -499,8 +633,9 @@ def read_log(path):
     """The rows of a log.jsonl; a line that was torn by a crash is left out."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows += [row for row in [json.loads(line)] if isinstance(row, dict)]
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            row = json.loads(line)
+            rows += [row] * (row.get("step", 0) >= 0 and row.get("seconds", 0.0) >= 0)
     return rows
 
 
@@ -508,31 +643,47 @@ class Log:
     """The console and out_dir/log.jsonl, on the first process alone."""
 
     def __init__(self, path, header, step):
-        self.path, self.seconds = path, 0.0
-        lines = [json.dumps(header)]
+        self.path, self.seconds, self.unwritten, rows = path, 0.0, b"", []
         if step is not None:  # resumed: cut back to the checkpoint's step
-            old = [row for row in read_log(path) if row.get("step", 0) <= step]
-            self.seconds = max((row.get("seconds", 0.0) for row in old), default=0.0)
-            lines = [json.dumps(row) for row in old] if old and "split" not in old[0] else lines
+            rows = [row for row in read_log(path) if row.get("step", 0) <= step]
+            self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+            changes = header["constants"]["resumed_with"]
+            header = header if not rows or "split" in rows[0] else rows.pop(0)  # torn off, or the run's first one
+            before = [change for change in header.get("resumed", ()) if change["step"] < step]
+            header["resumed"] = before + [{"step": step, **changes}] * bool(changes)
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines))
-        os.replace(partial, path)
-        self.file = open(path, "a")
+        try:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        self.file = open(path, "ab", buffering=0)
         self.start = time.time() - self.seconds
-        print("\n" + "step".rjust(8) + " split" + "".join(n.rjust(w + 1) for n, w in COLUMNS.items())
-              + "     lr  grad norm  tokens/s   MFU  time left", flush=True)
+        say("\n" + "step".rjust(8) + " split" + "".join(n.rjust(w + 1) for n, w in COLUMNS.items())
+            + "     lr  grad norm  tokens/s   MFU  time left")
+
+    def write(self, row):
+        """A full disk does not end the run: what could not be written is kept, and tried again with the next line."""
+        waiting, self.unwritten = bool(self.unwritten), self.unwritten + (json.dumps(row) + "\n").encode()
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not waiting:
+                say(f"warning: {self.path} could not be written ({error.strerror}); its lines wait in memory.")
 
     def __call__(self, split, step, values, left=None):
         row = {"split": split, "step": step, "seconds": round(time.time() - self.start, 3)}
         row |= {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.write(row)
         cells = [f"{row[n]:.4f}".rjust(w + 1) if row.get(n) is not None else " " * (w + 1) for n, w in COLUMNS.items()]
         tail = ""
         if split == "train":
             norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"  # a float16 overflow
             tail = f"{row['lr']:8.1e} {norm:>9} {row['tokens_per_sec']:10,.0f} {row['mfu']:5.0%}  {clock(left)}"
-        print(f"{step:8,} {split:5}" + "".join(cells) + tail, flush=True)
+            tail += f"  {row['skipped_steps']} skipped" if row.get("skipped_steps") else ""
+        say(f"{step:8,} {split:5}" + "".join(cells) + tail)
 
 
 def clock(seconds):
@@ -565,15 +716,15 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
 
     batch = to_device(sequences.batch(0, range(settings["micro_batch_size"]), len(sequences)), device)
     _, _, predictions = model(batch)
-    print("\nCorrupted validation text. p: how sure the main model is that the token is the original one.")
+    say("\nCorrupted validation text. p: how sure the main model is that the token is the original one.")
     for row in range(min(3, len(batch["tokens"]))):
         tokens, masked = batch["tokens"][row].tolist(), batch["masked"][row].tolist()
         corrupted = predictions["corrupted"][row].tolist()
         marks = {i for i in masked if corrupted[i] != tokens[i]}
         text = "".join(paint(piece(t), 31) if i in marks and colour else f"[{piece(t)}]" if i in marks else piece(t)
                        for i, t in enumerate(corrupted) if i)
-        print(f"\n  {text}\n")
-        print(f"    {'original':>16}  {'auxiliary put':>16}  {'p(original)':>11}  {'main corrects to':>16}")
+        say(f"\n  {text}\n")
+        say(f"    {'original':>16}  {'auxiliary put':>16}  {'p(original)':>11}  {'main corrects to':>16}")
         for k, i in enumerate(masked):
             if i not in marks:
                 continue
@@ -581,8 +732,8 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
             correction = predictions["lm_tokens"][row, k].item() if "lm_tokens" in predictions else None
             right = correction == tokens[i]
             shown = "-" if correction is None else piece(correction)
-            print(f"    {piece(tokens[i]):>16}  {paint(f'{piece(corrupted[i]):>16}', 31)}  {p:11.2f}  "
-                  f"{paint(f'{shown:>16}', 32 if right else 0)}{'  right' if right else ''}")
+            say(f"    {piece(tokens[i]):>16}  {paint(f'{piece(corrupted[i]):>16}', 31)}  {p:11.2f}  "
+                f"{paint(f'{shown:>16}', 32 if right else 0)}{'  right' if right else ''}")
 
     counts = np.bincount(sequences.tokens, minlength=tokenizer.vocab_size)
     counts[tokenizer.sep_id] = 0  # never masked
@@ -598,11 +749,11 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
         "scl_accuracy": (chance, "chance"), "mean_cosine": (1.0, "all texts look the same"),
         "replaced_fraction": (math.nan, ""),
     }
-    print(f"\n  {'on validation text':24}{'this model':>12}{'nothing learned':>17}")
+    say(f"\n  {'on validation text':24}{'this model':>12}{'nothing learned':>17}")
     for name, (floor, why) in nothing.items():
         if name in final:
-            print(f"  {name:24}{final[name]:12.4f}" + ("" if math.isnan(floor) else f"{floor:17.4f}  {why}"))
-    print(flush=True)
+            say(f"  {name:24}{final[name]:12.4f}" + ("" if math.isnan(floor) else f"{floor:17.4f}  {why}"))
+    say()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -626,12 +777,28 @@ def find_corpus(settings, folder):
 
 
 def open_split(folder, split, config, seed, batch):
-    sequences = Sequences(folder, split, config.max_len, config.masked, config.crop_len, seed)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine reads all of it, to check it
+    sequences = Sequences(folder, split, config.max_len, config.masked, config.crop_len, seed, check=first)
     if len(sequences) < batch:
         raise InputError(f"too little text: {folder}/{split}.bin has {len(sequences.tokens):,} tokens, which are "
                          f"{len(sequences)} sequences of max_len={config.max_len}, but a batch takes {batch}; use more "
                          f"text, a smaller batch or, for val.bin, a larger --val_fraction in data.py.")
     return sequences
+
+
+def compare_corpora(folder, sums, checkpoint, out):
+    """The text has to be the same on all machines, and that of the run that goes on; sums: name -> sha256."""
+    nodes = everyones((platform.node(), sums))
+    before = checkpoint and checkpoint["constants"].get("sha256")
+    for name in sums:
+        for r, (node, theirs) in enumerate(nodes):
+            if theirs.get(name) != nodes[0][1].get(name):
+                raise InputError(f"{folder} differs between machines: the sha256 of {name} is {nodes[0][1].get(name)} "
+                                 f"for process 0 on {nodes[0][0]} and {theirs.get(name)} for process {r} on {node}; "
+                                 f"copy one to the other.")
+        if before and sums[name] != before.get(name):
+            raise InputError(f"{folder} is not the text that {out}/ckpt.pt was trained on: the sha256 of {name} was "
+                             f"{before.get(name)} and is {sums[name]}; put it back, or start another run.")
 
 
 def try_to_compile(model, batch, autocast):
@@ -655,36 +822,55 @@ def try_to_compile(model, batch, autocast):
     return "yes"
 
 
-def report_divergence(step, norm, losses, settings, out):
-    """Says what is not finite and stops all processes; the optimizer has not stepped, the last checkpoint stands."""
-    everyones = [losses]
-    if world() > 1:
-        everyones = [None] * world()
-        dist.all_gather_object(everyones, losses)
-    bad = {f"{name} of process {r}": value for r, each in enumerate(everyones) for name, value in each.items()
+def describe(step, model, norm, losses, sequences, tokenizer, settings):
+    """What a step was made of, on all processes: loss terms, gradient norms, the sequences and how they begin."""
+    parts, W, micro = {}, world(), settings["micro_batch_size"]
+    for name, p in model.named_parameters():
+        part = name.split(".")[0] if name.startswith(("main.", "auxiliary.")) else "heads"
+        if p.grad is not None:
+            parts.setdefault("embeddings" if "embeddings." in name else part, []).append(p.grad)
+    norms = {"total": norm} | {part: torch.nn.utils.get_total_norm(grads).item() for part, grads in parts.items()}
+    terms = everyones(losses)
+    named = [(f"  losses of process {r}", each) for r, each in enumerate(terms)] + [("  gradient norms", norms)]
+    lines = [f"{what}: {', '.join(f'{name} {value:.6g}' for name, value in values.items())}" for what, values in named]
+    guilty = [r for r, each in enumerate(terms) if not all(map(math.isfinite, each.values()))] or range(W)
+    firsts = [(part * W + r) * micro for part in range(settings["accumulation"]) for r in guilty]
+    indices = [first + i for first in firsts for i in range(micro)]
+    for index in indices[:64]:
+        text = tokenizer.decode(sequences.sequence(step, index, settings["batch_size"])["tokens"][1:17])
+        lines += [f"  sequence {step * settings['batch_size'] + index}: {text!r} ..."]
+    lines += [f"  and {len(indices) - 64} sequences more"] * (len(indices) > 64)
+    bad = {f"{name} of process {r}": value for r, each in enumerate(terms) for name, value in each.items()
            if not math.isfinite(value)} or {"gradient norm": norm}
-    first = step * settings["batch_size"]
-    message = (
-        f"train.py: stopped at step {step + 1}: {', '.join(f'{n} is {v}' for n, v in bad.items())}; its sequences are "
-        f"{first} to {first + settings['batch_size'] - 1} of the run (seed {settings['seed']}); what {out} "
-        f"holds stays as it is; try a smaller learning_rate or a longer warm-up.")
-    if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
-    sys.exit(1)
+    return ", ".join(f"{n} is {v}" for n, v in bad.items()), "\n".join(lines)
+
+
+def who_is_gone():
+    """After a collective failed: the processes that do not answer within 5 seconds, said by the first that does."""
+    store = dist.distributed_c10d._get_default_store()  # it is torchrun's, so it outlives all processes of train.py
+    try:
+        store.set(f"here {rank()}", "")
+        time.sleep(5)
+        gone = [r for r in range(world()) if not store.check([f"here {r}"])]
+        if rank() == min(set(range(world())) - set(gone)):
+            return ", ".join(f"process {r} ({store.get(f'process {r}').decode()})" for r in gone) or "the network"
+    except RuntimeError:  # without torchrun it is in process 0
+        return "process 0"
 
 
 class Stop:
-    """SIGTERM and Ctrl-C: finish the step, save, and stop. Another one, a second later or more, stops at once:
-    torchrun passes on the Ctrl-C that its processes have already had themselves."""
+    """SIGTERM, Ctrl-C, and SIGUSR1, a scheduler's warning: finish the step, save, and stop. Another one stops at once;
+    under torchrun only after a second, as it passes on the Ctrl-C that its processes have already had themselves."""
 
     signal, time = 0, math.inf
+    grace = 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def __init__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self)
 
     def __call__(self, number, frame):
-        if time.time() - self.time > 1:
+        if time.time() - self.time > self.grace:
             os._exit(128 + number)
         self.signal, self.time = number, min(self.time, time.time())
 
@@ -701,6 +887,8 @@ def run(settings, checkpoint, device, dtype):
     config = make_config(settings, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, mask_id=tokenizer.mask_id)
     train = together(open_split, folder, "train", config, settings["seed"], settings["batch_size"])
     val = together(open_split, folder, "val", config, 0, W * micro)  # the same for every seed
+    settings["sha256"] = data.read_meta(folder)["sha256"]
+    compare_corpora(folder, settings["sha256"], checkpoint, out)
 
     # --- the model
     torch.manual_seed(settings["seed"])
@@ -709,27 +897,32 @@ def run(settings, checkpoint, device, dtype):
     if checkpoint:
         if checkpoint["tokenizer"] != tokenizer.state() or checkpoint["config"] != dataclasses.asdict(config):
             raise InputError(f"{out}/ckpt.pt was trained with another vocabulary than {folder} has.")
-        model, start = restore(checkpoint, out / "ckpt.pt"), checkpoint["step"]
+        start = checkpoint["step"]
+        model = together(lambda: restore(checkpoint, out / "ckpt.pt") if checkpoint["model"] else model)
     elif settings["init_from"] not in ("scratch", "resume_or_scratch"):
-        together(start_from, model, settings["init_from"], tokenizer)
+        on_first(start_from, model, settings["init_from"], tokenizer)
     if settings["auxiliary_from"] and not checkpoint:
-        together(start_from, model, settings["auxiliary_from"], tokenizer, "auxiliary.")
+        on_first(start_from, model, settings["auxiliary_from"], tokenizer, "auxiliary.")
     model.main.recompute = settings["recompute"]
     model.to(device).train()
     optimizer = make_optimizer(model, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    skipped = in_a_row = 0  # steps whose gradients were too large for float16
     if checkpoint:
-        scale = checkpoint["optimizer"].pop("scaler", None)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if scale and scaler.is_enabled():
-            scaler.load_state_dict(scale)
+        skipped, in_a_row = together(restore_optimizer, optimizer, scaler, checkpoint["optimizer"], out / "ckpt.pt")
+        if W > 1:
+            share(optimizer)  # as DistributedDataParallel does with the weights
         del checkpoint
+    debug = settings["debug_step"]
+    if debug:
+        say(f"step {debug} alone, with the weights of step {start}; nothing is written")
+        start, max_steps = debug - 1, debug
     if start >= max_steps:
         say(f"{out} is finished: step {start} of max_steps={max_steps}.")
         return
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    together(lambda: rank() == 0 and out.mkdir(parents=True, exist_ok=True))
+    together(lambda: rank() == 0 and not debug and out.mkdir(parents=True, exist_ok=True))
 
     def fetch(step, part):
         """The part of a step's batch that this process works on in one pass."""
@@ -743,6 +936,12 @@ def run(settings, checkpoint, device, dtype):
     if W > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                       gradient_as_bucket_view=True, forward_sync_buffers=False)
+        # DDP sorts its buckets anew after the first backward, and with them the sums over more than two processes. An
+        # idle pass has that behind it at every start, so a resumed run adds in the order of one left alone.
+        with autocast:
+            losses, _, _ = ddp(to_device(fetch(0, 0), device), gather_vectors, False)
+        losses["loss"].backward()
+        model.zero_grad(set_to_none=True)
 
     # --- what will happen
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
@@ -759,20 +958,24 @@ def run(settings, checkpoint, device, dtype):
         f"(MFU: the share of that)\n"
         f"step        {step_tokens:,} tokens = {W} processes x {accumulation} passes x {micro} sequences x "
         f"{config.max_len} tokens, {config.masked} of them masked\n"
-        f"negatives   {2 * micro * (W if config.gather_negatives else 1) - 2} for each sequence vector in a pass\n"
+        f"negatives   {negatives(settings)} for each sequence vector in a pass\n"
         f"corpus      {folder}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation, "
         f"vocabulary {config.vocab_size:,}\n"
         f"run         preset {settings['preset']}{settings['changed']}, steps {start:,} to {max_steps:,} = "
         f"{max_steps * settings['batch_size'] / len(train):.1f} epochs, to {out}")
-    if rank() == 0:
+
+    def open_log():
+        if rank() != 0 or debug:
+            return None
         if start == 0:
-            for old in ("ckpt.pt", "ckpt.prev.pt"):
-                (out / old).unlink(missing_ok=True)
+            for old in (out / "ckpt.pt", out / "ckpt.prev.pt", *milestones(out)):
+                old.unlink(missing_ok=True)
         header = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": versions, "device": name,
                   "dtype": str(dtype)[6:], "compiled": compiled, "parameters": counts,
                   "config": dataclasses.asdict(config), "constants": settings}
-        log = Log(out / "log.jsonl", header, start if start else None)
+        return Log(out / "log.jsonl", header, start if start else None)
 
+    log = together(open_log)
     warned = []
 
     def validate(step):
@@ -788,22 +991,24 @@ def run(settings, checkpoint, device, dtype):
     def save(step, final):
         if rank() != 0:
             return
-        os.fsync(log.file.fileno())
         try:
+            os.fsync(log.file.fileno())
             write_checkpoint(out / "ckpt.pt", {
-                "model": model.state_dict(), "optimizer": {**optimizer.state_dict(), "scaler": scaler.state_dict()},
-                "step": step, "config": dataclasses.asdict(config), "constants": settings,
+                "model": model.state_dict(), "step": step, "optimizer": {**optimizer.state_dict(), "scaler": {
+                    **scaler.state_dict(), "skipped": skipped, "in_a_row": in_a_row}},
+                "config": dataclasses.asdict(config), "constants": settings,
                 "tokenizer": tokenizer.state(), "versions": versions})
-        except InputError as error:  # a full disk, say: the run goes on and tries again
+            keep_milestone(out / "ckpt.pt", step, settings)
+        except (InputError, OSError) as error:  # a full disk, say: the run goes on and tries again
             if final:
                 raise
-            say(f"warning: {error}")
+            say(f"warning: {sentence(error)}")
 
     # --- the loop
     stop = Stop()
     loader = ThreadPoolExecutor(1)  # prepares the next batch meanwhile
     upcoming = loader.submit(fetch, start, 0)
-    final = validate(0) if start == 0 else None
+    final = validate(0) if start == 0 and not debug else None
     since, steps_since = time.time(), 0
     for step in range(start, max_steps):
         last = step + 1 == max_steps
@@ -824,7 +1029,7 @@ def run(settings, checkpoint, device, dtype):
             for key, value in {**losses, **(statistics or {})}.items():
                 totals[key] = totals.get(key, 0) + as_pair(value)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings["grad_clip"] or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
         # one look at the device a step: is all of it finite, on every process, and does anyone want to stop?
         sums = torch.stack([totals[key][0] for key in losses])
@@ -832,9 +1037,24 @@ def run(settings, checkpoint, device, dtype):
         flags = torch.stack([bad.float(), torch.full((), float(stop.signal), device=device), norm])
         if W > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad, signalled, norm = flags.tolist()
-        if bad:
-            report_divergence(step, norm, dict(zip(losses, (sums / accumulation).tolist())), settings, out)
+        bad, signalled, length = flags.tolist()
+        overflow = dtype == torch.float16 and not math.isfinite(length)
+        skipped, in_a_row = skipped + overflow, (in_a_row + 1) * overflow
+        if bad or debug or in_a_row == SKIPS:
+            terms = dict(zip(losses, (sums / accumulation).tolist()))
+            what, details = describe(step, model, length, terms, train, tokenizer, settings)
+            if debug:
+                say(details + f"\n  {what}" * bool(bad))
+                return
+            if rank() == 0:
+                what += f" for the {SKIPS}th step in a row, at whatever loss scale" * (not bad)
+                first, again = step * settings["batch_size"], "resume" if (out / "ckpt.pt").exists() else "scratch"
+                print(f"{details}\ntrain.py: stopped at step {step + 1}: {what}; its sequences are {first} to "
+                      f"{first + settings['batch_size'] - 1} of the run (seed {settings['seed']}); what {out} holds "
+                      f"stays as it is; --init_from={again} --debug_step={step + 1} shows that batch alone; try a "
+                      f"smaller learning_rate or a longer warm-up.", file=sys.stderr, flush=True)
+            sys.exit(1)
+        torch.nn.utils.clip_grads_with_norm_(parameters, settings["grad_clip"] or math.inf, norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -846,7 +1066,9 @@ def run(settings, checkpoint, device, dtype):
                 speed = steps_since * step_tokens / (time.time() - since)
                 mfu = speed / config.max_len * sequence_flops / peak
                 log("train", done, {"tokens": done * step_tokens, "tokens_per_sec": round(speed), "mfu": round(mfu, 4),
-                                    "lr": lr, "grad_norm": norm, **result}, left=(max_steps - done) * step_tokens / speed)
+                                    "lr": lr, "grad_norm": length, **result,
+                                    **({"skipped_steps": skipped} if scaler.is_enabled() else {})},
+                    left=(max_steps - done) * step_tokens / speed)
         if done % settings["eval_interval"] == 0 or last:
             final = validate(done)
         if done % settings["checkpoint_interval"] == 0 or last or signalled:
@@ -861,26 +1083,37 @@ def run(settings, checkpoint, device, dtype):
     if rank() == 0:
         with autocast:
             show_what_was_learned(model, tokenizer, val, final, settings, device)
-        print(f"the checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
+        say(f"the checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 
 def main():
     keep_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the loop begins
-    settings, checkpoint = together(settle, sys.argv[1:])
-    device = together(choose_device, settings)
-    dtype = together(choose_dtype, settings, device)
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"process {rank()}", f"on {platform.node()}, process id {os.getpid()}")
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the loop begins
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    settings = {"micro_batch_size": 1}
     try:
-        run(settings, checkpoint, device, dtype)
+        settings, checkpoint = settle(sys.argv[1:])
+        if world() > 1:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=settings["timeout"]))
+        device = together(choose_device, settings)
+        run(settings, checkpoint, device, together(choose_dtype, settings, device))
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            micro = settings["micro_batch_size"]
+            smaller = f"--micro_batch_size={micro // 2}" if micro > 1 else "a smaller --max_len or --preset"
+            print(f"train.py: process {rank()} is out of memory with micro_batch_size={micro}; try {smaller}.",
+                  file=sys.stderr)
+            sys.exit(1)
+        if world() == 1 or not re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out|[Bb]roken pipe", str(error)):
             raise
-        micro = settings["micro_batch_size"]
-        smaller = f"--micro_batch_size={micro // 2}" if micro > 1 else "a smaller --max_len or --preset"
-        print(f"train.py: process {rank()} is out of memory with micro_batch_size={micro}; try {smaller}.", file=sys.stderr)
-        sys.exit(1)
+        if gone := who_is_gone():
+            print(f"train.py: no answer from {gone}: it died or hangs, so all stop; the last checkpoint stands, go on "
+                  f"with --init_from=resume.", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: a regular exit would wait for those that are gone
 
 
 if __name__ == "__main__":
