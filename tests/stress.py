@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,17 +280,18 @@ def tiny_killed_for_minutes(folder, minutes, draw):
     speed = np.median([row["tokens_per_sec"] for row in rows(folder / "probe", "train")]) / (16 * 128)  # steps a second
     steps = max(60, int(0.8 * minutes * 60 * speed))
     base += [f"--max_steps={steps}", f"--warmup_steps={min(300, steps)}"]
-    alone, out, kills = start(*base, f"--out_dir={folder}/alone"), folder / "killed", 0
+    alone = ThreadPoolExecutor(1).submit(finish, start(*base, f"--out_dir={folder}/alone"), 3600 * 24)
+    out, kills = folder / "killed", 0
     while True:
         (running,) = start(*base, f"--out_dir={out}", "--init_from=resume_or_scratch")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            said = running.communicate(timeout=draw.uniform(0.4, 1.6) * max(60 * minutes / 10, 8))
+            said = running.communicate(timeout=draw.uniform(0.4, 1.6) * max(60 * minutes / 10, 30))
             break
         running.kill()
         running.communicate()
         kills += 1
     lost = [said] * bool(running.returncode)
-    statuses, said = finish(alone, seconds=3600 * 24)
+    statuses, said = alone.result()
     lost += [said] * any(statuses)
     return f"{steps} steps, {kills} kills", lost + differences(folder / "alone", out) + leftovers(out)
 

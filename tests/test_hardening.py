@@ -110,10 +110,10 @@ def test_killed_on_the_way_to_the_disk(options, tmp_path, draw, variant):
 
 def test_killed_at_each_step_to_the_disk(options, tmp_path):
     """A short run is killed at its first log line, write, sync, rename, then at the second, ..., each time resumed."""
-    short = [*options, "--max_steps=3", "--checkpoint_interval=1", "--eval_interval=100", f"--out_dir={tmp_path}/out",
+    short = [*options, "--max_steps=4", "--checkpoint_interval=1", "--eval_interval=100", f"--out_dir={tmp_path}/out",
              "--init_from=resume_or_scratch"]
     assert run_here(*short, f"--out_dir={tmp_path}/alone")[0] == 0
-    for number in range(1, 9):
+    for number in range(1, 14):
         with stress.killed_at(number):
             run_here(*short)
     assert run_here(*short)[0] == 0
@@ -144,6 +144,20 @@ def test_a_killed_process_is_named_and_torchrun_brings_the_run_back(options, tmp
 
 def test_a_process_that_hangs_is_named(options, tmp_path):
     assert stress.hanging(options, tmp_path) == []
+
+
+def test_the_number_of_threads_decides_the_last_bits(options, tmp_path):
+    """The same number: the same bits. Another one: the same up to rounding."""
+    wide, before = [*options, "--width=64", "--ffn_width=256", "--max_len=64", "--max_steps=2"], torch.get_num_threads()
+    try:
+        for name, threads in (("two", 2), ("again", 2), ("one", 1)):
+            torch.set_num_threads(threads)
+            assert run_here(*wide, f"--out_dir={tmp_path}/{name}")[0] == 0
+    finally:
+        torch.set_num_threads(before)
+    assert stress.differences(tmp_path / "two", tmp_path / "again") == []
+    for a, b in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 # --- another number of processes
@@ -317,7 +331,7 @@ def test_ids_beyond_the_vocabulary_are_found_when_the_data_is_opened(options, co
     meta["sha256"][split] = data.hashlib.sha256(tokens).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
     status, said = run_here(*options, f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/out")
-    assert status == 2 and f"toy/{split}.bin has the token 400 at place {len(tokens) - 3:,}, beyond its vocabulary" in said
+    assert status == 2 and f"{split}.bin has the token 400 at place {len(tokens) - 3:,}, beyond its voc" in said
     assert not (tmp_path / "out").exists()
 
 
