@@ -38,9 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import InputError, Progress, Tokenizer, checked, lower, parse_options, read_file, read_meta, run_command
 from model import COCOLM, PRESETS, Config
-from train import (COUNT, SHARE, choose_device, choose_dtype, keep_memory, learning_rate_at, make_optimizer, on_first,
-                   rank, read_checkpoint, read_constants, restore, say, seed_pass, sum_over_processes, to_device,
-                   together, world)
+from train import (COUNT, SHARE, choose_device, choose_dtype, join, keep_memory, learning_rate_at, make_optimizer,
+                   on_first, rank, read_checkpoint, read_constants, restore, say, seed_pass, sum_over_processes,
+                   to_device, together, world)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Constants. An option --name=value goes before what is written here, and that before the table of tasks.
@@ -895,7 +895,7 @@ def run_task(name, asked, start, where, dtype):
 def main():
     keep_memory()
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        join()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     asked = together(settle, sys.argv[1:])
     device = together(choose_device, asked)

@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -270,6 +272,30 @@ def make_config(settings, **vocabulary):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Processes and devices
+
+
+def join():
+    """Connects the processes that torchrun started.
+
+    Its store outlives a restart, and with it the addresses of the processes before. So each start has a prefix of its
+    own in it, which process 0 tells to those that ask with a number that no process had before.
+    """
+    store, number, processes = next(rendezvous("env://"))
+    mine = start = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"asks {number}", mine)
+        start = store.get(f"start for {mine}").decode()  # waits for it
+        store.set(f"{start} {number}", "joined")
+    missing = set(range(1, processes)) if number == 0 else ()
+    while missing:
+        for other in list(missing):
+            if store.check([f"asks {other}"]):  # perhaps still the one of the start before
+                store.set(f"start for {store.get(f'asks {other}').decode()}", start)
+            if store.check([f"{start} {other}"]):
+                missing.remove(other)
+        time.sleep(0.02)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=number,
+                            world_size=processes, store=dist.PrefixStore(start, store))
 
 
 def world():
@@ -1089,7 +1115,7 @@ def run(settings, checkpoint, device, dtype):
 def main():
     keep_memory()
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        join()
         store = dist.distributed_c10d._get_default_store()
         store.set(f"process {rank()}", f"on {platform.node()}, process id {os.getpid()}")
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until the loop begins
@@ -1119,4 +1145,5 @@ def main():
 if __name__ == "__main__":
     run_command(main, quiet=lambda: rank() != 0)
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()

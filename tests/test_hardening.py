@@ -39,8 +39,17 @@ def corpus(options):
     return data.Path(options[0].partition("=")[2], "toy")
 
 
-@pytest.fixture(scope="session")
-def finished(options, tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As all runs in processes of their own have: another number gives other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(one_thread, options, tmp_path_factory):
     """out_dir of that run. To be copied, not changed."""
     out = tmp_path_factory.mktemp("finished") / "out"
     assert run_here(*options, f"--out_dir={out}")[0] == 0
