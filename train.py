@@ -765,7 +765,7 @@ def show_what_was_learned(model, tokenizer, sequences, final, settings, device):
     counts[tokenizer.sep_id] = 0  # never masked
     share = counts[counts > 0] / counts.sum()
     entropy, frequent = -(share * np.log(share)).sum(), share.max()
-    chance = 1 / (2 * settings["micro_batch_size"] * (world() if settings["gather_negatives"] else 1) - 1)
+    chance = 1 / (negatives(settings) + 1)
     nothing = {  # what a model scores that has learned nothing
         "mlm_loss": (entropy, "entropy of the token frequencies"),
         "lm_loss": (entropy if settings["token_task"] == "mlm" else math.nan, "entropy of the token frequencies"),

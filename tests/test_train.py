@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import signal
@@ -558,3 +559,48 @@ def test_compiled_passes_are_one_graph_each_and_equal_eager(corpus, dtype, recom
         torch.testing.assert_close(gradient, model.main.embeddings.tokens.weight.grad, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_recompute_gives_the_same_run(options, tmp_path):
+    """The constant reaches the model, and no loss of the run changes."""
+    logs = []
+    for recompute in (False, True):
+        run([*options, "--layers=3", "--dropout=0.1", f"--recompute={recompute}", "--overwrite=True"])
+        logs.append([row["loss"] for row in rows(tmp_path / "out", "train")])
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert train.read_log(tmp_path / "out/log.jsonl")[0]["constants"]["recompute"] is True
+
+
+@pytest.mark.parametrize("name, teraflops", [
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362),
+    ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("Tesla T4", 65)])
+def test_peak_of_a_known_gpu(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert train.peak_flops(torch.device("cuda"), torch.bfloat16) == teraflops * 1e12
+
+
+def test_peak_of_a_cpu_is_measured():
+    n = 1024
+    x, start = torch.randn(n, n), time.perf_counter()
+    x @ x @ x @ x
+    at_least = 3 * 2 * n**3 / (time.perf_counter() - start)
+    assert 0.2 * at_least < train.peak_flops(torch.device("cpu"), torch.float32) < 1e14
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept():
+    """Large blocks that are freed and taken again are not asked of the system, page by page."""
+    source = """
+import resource, sys, torch, train
+if sys.argv[1] == "keep":
+    train.keep_memory()
+for _ in range(3):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = [int(subprocess.run([sys.executable, "-c", source, how], cwd=ROOT, capture_output=True, check=True).stdout)
+              for how in ("keep", "give back")]
+    assert faults[0] < 0.1 * faults[1]
