@@ -172,7 +172,9 @@ class Progress:
         self.last = now
         speed = done / (now - self.start)
         left = f", {max(self.total - done, 0) / speed:.0f} s left" if self.total else ""
-        line = f"{self.what}: {done / self.scale:,.{int(self.scale > 1)}f} {self.unit}, {speed / self.scale:.2f} {self.unit}/s{left}"
+        digits = 1 if self.scale > 1 else 0
+        line = (f"{self.what}: {done / self.scale:,.{digits}f} {self.unit}, {speed / self.scale:.2f} {self.unit}/s"
+                f"{left}")
         tell("\r\033[K" + line if terminal else line, end="" if terminal else "\n")
 
     def end(self):

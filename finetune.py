@@ -398,7 +398,7 @@ def span_text(question, first, last):
 
 
 def files_of(name, data_dir):
-    """[(train | dev | test, name of the set, path, official rows)] of a task's files; only test files may be missing."""
+    """[(train | dev | test, name of the set, path, official rows)] of a task's files; only tests may be missing."""
     task, folder = TASKS[name], Path(data_dir)
     if name.startswith("SQuAD"):
         files = [(split, name, folder / f"{split}-v{name[6:]}.json", n)

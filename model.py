@@ -93,7 +93,8 @@ class Config:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} cannot be split over heads={self.heads}: choose a multiple of it.")
         if self.auxiliary_width > self.width:
-            raise ValueError(f"auxiliary_width={self.auxiliary_width} is above width={self.width}: it can only be narrower.")
+            raise ValueError(f"auxiliary_width={self.auxiliary_width} is above width={self.width}: it can only be "
+                             f"narrower.")
         if self.relative_bins % 4:
             raise ValueError(f"relative_bins={self.relative_bins} has to be a multiple of 4.")
         if self.max_distance <= self.relative_bins // 4 + 1:
@@ -207,8 +208,9 @@ def drop(x, dropout):
 def attention(q, k, v, bias, dropout):
     """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, Q, d), k and v (B, H, T, d), bias (B, H, Q, T).
 
-    On CUDA the fused kernels take the bias, in the type of q, and the dropout. On the CPU those send scaled_dot_product_attention to
-    its slow path, so there it is written out, in the form that was measured to be the fastest.
+    On CUDA the fused kernels take the bias, in the type of q, and the dropout. On the CPU those send
+    scaled_dot_product_attention to its slow path, so there it is written out, in the form that was measured to be the
+    fastest.
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
@@ -606,12 +608,12 @@ class COCOLM(nn.Module):
 
 def flops(c):
     """Floating-point operations that a Config's training takes for one sequence: of all matrix products, forward and
-    backward, in both Transformers, the crop's pass and the heads (not of the 2N x 2N cosines, which is next to nothing).
+    backward, in both Transformers, the crop's pass and the heads (not of the 2N x 2N cosines: next to nothing).
 
     Only what is needed: the last layer where it is read, and nothing for recomputing. A product of (n, k) and (k, m)
     is 2 n k m of them; the backward pass takes twice the forward's.
 
-    >>> flops(Config.from_preset("base", vocab_size=32768)) / 1e9     # of 512 tokens
+    >>> flops(Config.from_preset("base", vocab_size=32768)) / 1e9     # of 512 tokens: 632.8
     """
     def encoder(layers, width, T, rows):
         """Multiply-adds of a pass over T tokens whose last layer is wanted at `rows` of them."""
@@ -628,8 +630,8 @@ def flops(c):
         forward += (T if c.token_task == "all_token_mlm" else K) * vocabulary
     if c.contrastive:
         forward += encoder(c.layers, c.width, c.crop_len + 1, 1) + 2 * c.width**2
-    auxiliary, passes = 0, 3  # one forward and two backward
+    auxiliary = passes = 0
     if c.token_task != "mlm" and c.corruption != "random":
         auxiliary = encoder(c.auxiliary_layers, A, T, K) + K * (A * A + A * c.width * (A != c.width) + vocabulary)
         passes = 1 if c.corruption == "frozen" else 4 if c.auxiliary_dropout else 3
-    return 2 * (3 * forward + passes * auxiliary)
+    return 2 * (3 * forward + passes * auxiliary)  # 3: a forward and, as two, a backward pass

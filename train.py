@@ -126,8 +126,8 @@ ALLOWED = {name: list(CHOICES.get(name, ())) or RANGES.get(name, bool) for name 
     "timeout": (1, 10**6), "debug_step": (0, 2**40),
 }
 FREE = {"data_dir", "out_dir", "init_from", "overwrite", "micro_batch_size", "max_steps", "device", "dtype", "compile",
-        "recompute", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "checkpoint_keep", "timeout",
-        "debug_step"}  # what a resumed run may change
+        "recompute", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "checkpoint_keep",
+        "timeout", "debug_step"}  # what a resumed run may change
 SKIPS = 50  # steps in a row that float16 may skip: the scale has then been halved as often, so it is not the scale
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 PEAK = {  # teraflops a second, 16 bit with float32 sums, dense, from the makers' data sheets; the first name that fits
