@@ -4,9 +4,9 @@
     python tests/benchmark.py --preset=base --parts=steps     other sizes: tiny | small | base
     pip install transformers coco-lm-pytorch x-transformers   brings the peers (ELECTRA and coco-lm-pytorch)
 
-All contestants live in processes of their own and take their steps in turn, in every round another one first, so that
-a machine whose speed changes does not favour anyone. A step is forward, backward and AdamW on the same number of
-sequences, all at full width and depth, dropout 0.1, with random tokens. Its FLOPs are those that torch counts, its
+Every contestant is timed against ours, two processes that take a step in turn, so that a machine whose speed changes
+does not favour anyone. A step is forward, backward and AdamW on the same number of sequences, all at full width and
+depth, dropout 0.1, with random tokens. Its FLOPs are those it needs (ours: model.flops, peers: what torch counts), its
 speed limit is a matrix product's, measured in every round.
 """
 
@@ -36,10 +36,11 @@ import train
 
 OPTIONS = {
     "preset": ("small", ["tiny", "small", "base"], "sizes of the steps"),
-    "steps": (5, (1, 1000), "rounds that count; two more warm up"),
-    "warmup": (2, (0, 100), "rounds that do not count"),
+    "steps": (5, (1, 1000), "steps that count, behind those that warm up; half as many of each lever"),
     "peers": ("electra,coco-lm-pytorch", str, "which of them, or none"),
-    "parts": ("steps,around,scaling,projection", str, "which tables"),
+    "kept": (False, bool, "let the peers keep the memory that they free, as we do (train.keep_memory)"),
+    "levers": ("memory,dropout,attention", str, "what to take from ours; also recompute, which saves memory, or none"),
+    "parts": ("steps,around,projection", str, "which tables: steps, around, scaling, projection"),
     "dtype": ("auto", ["auto", "float32", "bfloat16"], "of our autocast"),
     "data_dir": ("", str, "where data/docs lies; default: it is prepared in a temporary folder"),
 }
@@ -121,7 +122,7 @@ def coco_lm_pytorch(preset):
 
 
 def contestant(pipe, build, arguments, dtype, keep):
-    """A process: builds, and makes a step whenever it is asked to. Sends seconds, and at last FLOPs and peak memory."""
+    """A process: builds, warms up, and makes a step whenever it is asked to. Sends FLOPs; seconds; memory."""
     if keep:
         train.keep_memory()
     torch.manual_seed(0)
@@ -139,9 +140,15 @@ def contestant(pipe, build, arguments, dtype, keep):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        with FlopCounterMode(display=False) as counter:
+        if build is ours:
             step()
-        pipe.send(counter.get_total_flops())
+            needed = SIZES[arguments[0]][0] * coco.flops(config_of(arguments[0]))
+        else:
+            with FlopCounterMode(display=False) as counter:
+                step()
+            step()
+            needed = counter.get_total_flops()
+        pipe.send(needed)
     except Exception as error:  # a peer of another version, say: the others go on
         pipe.send(f"{type(error).__name__}: {error}")
         return
@@ -152,17 +159,30 @@ def contestant(pipe, build, arguments, dtype, keep):
     pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
+def start(*arguments):
+    """A contestant's end of the pipe and the FLOPs of its step."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=contestant, args=(there, *arguments), daemon=True).start()
+    there.close()
+    return here, here.recv()
+
+
+def one_step(pipe):
+    pipe.send(True)
+    return pipe.recv()
+
+
+def memory(pipe):
+    pipe.send(False)
+    return pipe.recv()
+
+
 def steps_table(options):
     preset = options["preset"]
     B, T, _ = SIZES[preset]
     dtype = train.choose_dtype(options, torch.device("cpu"))
-    lineup = {f"ours, {str(dtype)[6:]}": (ours, (preset,), dtype, True)}
-    if dtype != torch.float32:
-        lineup["ours, float32"] = (ours, (preset,), torch.float32, True)
-    levers = {"": "memory given back", "dropout": "torch's dropout", "attention": "torch's attention",
-              "recompute": "recompute=True"}
-    for lever, name in levers.items():
-        lineup[f"  {name}"] = (ours, (preset, lever), dtype, bool(lever))
+    opponents = {"ours, float32": (ours, (preset,), torch.float32, True)} if dtype != torch.float32 else {}
     for name, build, package in (("electra", electra, "transformers"),
                                  ("coco-lm-pytorch", coco_lm_pytorch, "coco_lm_pytorch")):
         if name not in options["peers"]:
@@ -171,44 +191,42 @@ def steps_table(options):
             print(f"{name} is not installed: no line for it")
             continue
         for peers_dtype in dict.fromkeys([torch.float32, dtype]):
-            lineup[f"{name}, {str(peers_dtype)[6:]}"] = (build, (preset,), peers_dtype, False)
+            opponents[f"{name}, {str(peers_dtype)[6:]}"] = (build, (preset,), peers_dtype, options["kept"])
+    for lever, name in {"memory": "memory given back", "dropout": "torch's dropout", "attention": "torch's attention",
+                        "recompute": "recompute=True"}.items():
+        if lever in options["levers"]:
+            opponents[f"ours, {name}"] = (ours, (preset, lever), dtype, lever != "memory")
 
-    context, running = multiprocessing.get_context("spawn"), {}
-    for name, arguments in lineup.items():
-        here, there = context.Pipe()
-        process = context.Process(target=contestant, args=(there, *arguments), daemon=True)
-        process.start()
-        there.close()
-        counted = here.recv()
+    we, flops = start(ours, (preset,), dtype, True)
+    all_ours, rates, rows = [], [], []
+    for name, arguments in opponents.items():
+        print(f"  {name} ...", flush=True)
+        they, counted = start(*arguments)
         if isinstance(counted, str):
-            print(f"{name.strip()} does not run: {counted[:200]}")
-        else:
-            running[name] = (here, counted, [])
-    rates, names = [], list(running)
-    for round_ in range(options["warmup"] + options["steps"]):
-        counts = round_ >= options["warmup"]
-        rate = train.peak_flops(torch.device("cpu"), dtype)
-        for name in names[round_ % len(names):] + names[: round_ % len(names)]:
-            pipe, _, seconds = running[name]
-            pipe.send(True)
-            taken = pipe.recv()
-            if counts:
-                seconds.append(taken)
-        if counts:
-            rates.append(rate)
-        print(f"  round {round_ + 1} of {options['warmup'] + options['steps']}{'' if counts else ', warming up'}", flush=True)
+            print(f"{name} does not run: {counted[:200]}")
+            continue
+        one_step(we)  # it has been waiting
+        pairs = []
+        for _ in range(options["steps"] if arguments[0] is not ours else (options["steps"] + 1) // 2):
+            rates.append(train.peak_flops(torch.device("cpu"), dtype))
+            pairs.append((one_step(we), one_step(they)))
+        our_seconds, their_seconds = zip(*pairs)
+        all_ours += our_seconds
+        rows.append((name, their_seconds, f"{statistics.median(their_seconds) / statistics.median(our_seconds):.2f}",
+                     counted, memory(they)))
+    rows.insert(0, (f"ours, {str(dtype)[6:]}", all_ours, "", flops, memory(we)))
 
-    rate, first = statistics.median(rates), statistics.median(running[names[0]][2])
+    rate = statistics.median(rates)
     print(f"\nA training step of preset {preset}: {B} sequences of {T} tokens. A matrix product runs at "
           f"{rate / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}), {str(dtype)[6:]}. Medians of "
-          f"{options['steps']}.\n")
+          f"{options['steps']} steps, of our variants {(options['steps'] + 1) // 2}; ours of all its steps, the ratios of those "
+          f"in turn with the line's.\n")
     print("| | tokens/s | step, s (min to max) | ours is faster by | GFLOP a step | of the product's rate | memory, MB |")
     print("|---|---|---|---|---|---|---|")
-    for name, (pipe, counted, seconds) in running.items():
-        pipe.send(False)
+    for name, seconds, ratio, counted, megabytes in rows:
         median = statistics.median(seconds)
-        print(f"| {name.strip()} | {B * T / median:,.0f} | {median:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
-              f"{median / first:.2f} | {counted / 1e9:,.0f} | {counted / median / rate:.0%} | {pipe.recv():,.0f} |", flush=True)
+        print(f"| {name} | {B * T / median:,.0f} | {median:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {ratio} | "
+              f"{counted / 1e9:,.0f} | {counted / median / rate:.0%} | {megabytes:,.0f} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -320,7 +338,7 @@ def scaling_table(options, folder, times):
         "1 process, 4 sequences of 512": (["--batch_size=4", "--max_len=512"], 1),
     }
     speeds = {name: [] for name in settings}
-    steps = 10 * times
+    steps = 6 * times
     for _ in range(1 if times == 1 else 3):
         for name, (extra, processes) in settings.items():
             log = run_train(folder, *shared, f"--max_steps={steps}", "--warmup_steps=5", *extra, processes=processes)

@@ -449,7 +449,7 @@ def test_float16_counts_skipped_steps_and_50_in_a_row_stop_the_run(options, tmp_
 def test_one_look_at_the_device_a_step(options, tmp_path, monkeypatch):
     """Steps that are not logged move one thing from the device to the host: their flags."""
     looks = []
-    monkeypatch.setattr(train, "peak_flops", lambda *_: 1e12)  # looks at its products for 0.3 s, before the first step
+    monkeypatch.setattr(train, "peak_flops", lambda *_: 1e12)  # looks at its products for 0.1 s, before the first step
     for name in ("tolist", "item", "__bool__", "__float__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, o=original, n=name: (looks.append(n), o(self, *a))[1])

@@ -519,6 +519,23 @@ def test_recomputing_changes_nothing():
     assert kept[1] < 0.7 * kept[0]
 
 
+def test_attention_keeps_no_large_probabilities_and_has_the_same_gradients(monkeypatch):
+    """On the CPU they are computed once more for the gradient, dropout too."""
+    inputs = [randn(2, 2, 24, 8) for _ in "qkv"] + [randn(2, 2, 24, 24)]
+    kept, gradients = [], []
+    for large in (inputs[3].numel(), inputs[3].numel() + 1):
+        monkeypatch.setattr(coco, "LARGE", large)
+        leaves, sizes = [x.clone().requires_grad_() for x in inputs], []
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            result = coco.attention(*leaves, 0.3)
+        result.square().sum().backward()
+        kept.append(sum(sizes))
+        gradients.append([result, *(leaf.grad for leaf in leaves)])
+    assert kept[0] <= sum(x.numel() for x in inputs) < kept[1]
+    assert all(map(torch.equal, *gradients))
+
+
 class LookingBack(TorchDispatchMode):
     """Notes the operations whose result, or its shape, the host has to wait for; on a GPU each one empties its queue."""
 
