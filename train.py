@@ -128,6 +128,7 @@ ALLOWED = {name: list(CHOICES.get(name, ())) or RANGES.get(name, bool) for name 
 FREE = {"data_dir", "out_dir", "init_from", "overwrite", "micro_batch_size", "max_steps", "device", "dtype", "compile",
         "recompute", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "checkpoint_keep",
         "timeout", "debug_step"}  # what a resumed run may change
+JOINING = 600  # seconds that the processes have to find each other
 SKIPS = 50  # steps in a row that float16 may skip: the scale has then been halved as often, so it is not the scale
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 PEAK = {  # teraflops a second, 16 bit with float32 sums, dense, from the makers' data sheets; the first name that fits
@@ -280,22 +281,29 @@ def join():
     Its store outlives a restart, and with it the addresses of the processes before. So each start has a prefix of its
     own in it, which process 0 tells to those that ask with a number that no process had before.
     """
-    store, number, processes = next(rendezvous("env://"))
-    mine = start = uuid.uuid4().hex
-    if number > 0:
-        store.set(f"asks {number}", mine)
-        start = store.get(f"start for {mine}").decode()  # waits for it
-        store.set(f"{start} {number}", "joined")
-    missing = set(range(1, processes)) if number == 0 else ()
-    while missing:
-        for other in list(missing):
-            if store.check([f"asks {other}"]):  # perhaps still the one of the start before
-                store.set(f"start for {store.get(f'asks {other}').decode()}", start)
-            if store.check([f"{start} {other}"]):
-                missing.remove(other)
-        time.sleep(0.02)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=number,
-                            world_size=processes, store=dist.PrefixStore(start, store))
+    end = time.time() + JOINING
+    try:
+        store, number, processes = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
+        mine = start = uuid.uuid4().hex
+        if number > 0:
+            store.set(f"asks {number}", mine)
+            start = store.get(f"start for {mine}").decode()  # waits for it
+            store.set(f"{start} {number}", "joined")
+        missing = set(range(1, processes)) if number == 0 else set()
+        while missing:
+            for other in list(missing):
+                if store.check([f"asks {other}"]):  # perhaps still the one of the start before
+                    store.set(f"start for {store.get(f'asks {other}').decode()}", start)
+                if store.check([f"{start} {other}"]):
+                    missing.remove(other)
+            if time.time() > end:
+                raise RuntimeError(f"after {JOINING} s process {', '.join(map(str, sorted(missing)))} is not there")
+            time.sleep(0.02)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=number,
+                                world_size=processes, store=dist.PrefixStore(start, store))
+    except (RuntimeError, ValueError) as error:  # torch's own errors, and what is missing in the environment
+        raise InputError(f"the processes did not find each other ({str(error).splitlines()[0]}): start them with "
+                         f"torchrun, and look at what the others say.") from None
 
 
 def world():
@@ -406,7 +414,7 @@ def peak_flops(device, dtype):
     for gpu, rate in PEAK.items():
         if gpu in name:
             return rate * 1e12
-    n = 1024 if device.type == "cpu" else 8192
+    n = 512 if device.type == "cpu" else 8192
     x, fastest, began = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.time()
     while time.time() - began < 0.1:
         start = time.perf_counter()
