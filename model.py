@@ -226,9 +226,9 @@ def attention(q, k, v, bias, dropout):
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    if bias.numel() < LARGE or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return attention_by_hand(q, k, v, bias, dropout)
-    return checkpoint(attention_by_hand, q, k, v, bias, dropout, use_reentrant=False)
+    if q.device.type == "cpu" and bias.numel() >= LARGE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return checkpoint(attention_by_hand, q, k, v, bias, dropout, use_reentrant=False)
+    return attention_by_hand(q, k, v, bias, dropout)
 
 
 def rows_of(x, rows):
