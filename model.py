@@ -226,7 +226,8 @@ def attention(q, k, v, bias, dropout):
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    if q.device.type == "cpu" and bias.numel() >= LARGE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    large = bias.numel() >= LARGE and q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if large and torch.is_grad_enabled():
         return checkpoint(attention_by_hand, q, k, v, bias, dropout, use_reentrant=False)
     return attention_by_hand(q, k, v, bias, dropout)
 
