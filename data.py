@@ -543,7 +543,8 @@ def read_meta(folder):
                    *(meta["special_ids"][name] for name in SPECIALS)]
         kinds = {"lowercase": bool, "pattern": str, "sha256": dict}
         if all(type(n) is int and 0 <= n < 2**48 for n in numbers) and all(
-                isinstance(meta[name], kind) for name, kind in kinds.items()):
+                isinstance(meta[name], kind) for name, kind in kinds.items()) and all(
+                isinstance(meta["sha256"][split], str) for split in ("train", "val")):
             return meta
     except FileNotFoundError:
         raise InputError(f"{folder} is no prepared corpus: it has no meta.json; make it with python data.py.") from None
@@ -738,7 +739,7 @@ def check_tokens(path, tokens, vocab_size, checksum):
             raise InputError(f"{path} has the token {part.max()} at place {start + part.argmax():,}, beyond its "
                              f"vocabulary of {vocab_size:,}; prepare it again.")
         digest.update(part)
-    if checksum and checksum != digest.hexdigest():
+    if checksum != digest.hexdigest():
         raise InputError(f"{path} is not as meta.json says (its sha256 is {digest.hexdigest()}, not {checksum}); "
                          f"prepare it again.")
 
@@ -759,7 +760,7 @@ class Sequences:
             raise InputError(f"{path} is not as meta.json says ({meta['tokens'][split]:,} tokens); prepare it again.")
         self.tokens = np.memmap(path, dtype, "r") if meta["tokens"][split] else np.zeros(0, dtype)
         if check:
-            check_tokens(path, self.tokens, meta["vocab_size"], meta["sha256"].get(split))
+            check_tokens(path, self.tokens, meta["vocab_size"], meta["sha256"][split])
         self.max_len, self.masked, self.crop_len, self.seed = max_len, masked, crop_len, seed
         self.cls_id, self.sep_id = meta["special_ids"]["[CLS]"], meta["special_ids"]["[SEP]"]
         self.order = functools.lru_cache(maxsize=2)(self.order)

@@ -176,6 +176,9 @@ def read_options(argv):
     given, others = parse_options(argv, options, __doc__)
     if others:
         raise InputError(f"unexpected {others[0]!r}: options are written --name=value.")
+    for name in ("dataset", "data_dir", "out_dir", "init_from"):
+        if not given.get(name, globals()[name]):
+            raise InputError(f"{name} is empty: leave it out or give it a value.")
     from_preset = {**MODEL_DEFAULTS, **TRAINING["tiny"]}
     return {name: None if value is None and name in from_preset else checked(name, value, allowed)
             for name, (value, allowed, _) in options.items()}, given
@@ -185,9 +188,12 @@ def find_checkpoint(asked):
     """What is resumed from: out_dir/ckpt.pt or, where that is damaged, the one before it; None for a new run."""
     path, start = Path(asked["out_dir"], "ckpt.pt"), asked["init_from"]
     before_it = path.with_name("ckpt.prev.pt")
-    if not path.exists() and before_it.exists() and not asked["overwrite"]:
-        raise InputError(f"{path} is gone but {before_it} is there: rename it to ckpt.pt to go on, or say "
-                         f"--overwrite=True.")
+    others = [file for file in (before_it, *milestones(path.parent)) if file.exists()]
+    if not path.exists() and (others or path.is_symlink()) and not asked["overwrite"]:
+        raise InputError(f"{path} is gone but {others[0]} is there: rename it to ckpt.pt to go on, or say "
+                         f"--overwrite=True." if others else
+                         f"{path} is a link to {os.readlink(path)}, which is not there: is a disk missing? To start "
+                         f"from scratch say --overwrite=True.")
     parent = next(p for p in [path.parent.absolute(), *path.parent.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"out_dir={path.parent} cannot be used: {parent} is no folder that one can write to.")
@@ -471,7 +477,8 @@ def write_checkpoint(path, checkpoint):
         for unfinished in (partial, path.with_suffix(".spare")):
             unfinished.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise InputError(f"{path} could not be written ({reason}); the last checkpoint stands.") from None
+        last = "the last checkpoint stands" if path.exists() else "there is no checkpoint yet"
+        raise InputError(f"{path} could not be written ({reason}); {last}.") from None
 
 
 def milestones(out):
@@ -496,8 +503,8 @@ def read_checkpoint(path, parts=PARTS, of="train.py"):
         checkpoint = load_whole(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: there is no checkpoint to start from.") from None
-    except (IsADirectoryError, PermissionError):
-        raise  # run_command has a sentence for them
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): a checkpoint is a file, ckpt.pt for one.") from None
     except Exception as error:  # zipfile's, pickle's and torch's own kinds of damage
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from None
     if not isinstance(checkpoint, dict):
@@ -520,12 +527,22 @@ def restore(checkpoint, path):
     return model
 
 
-def restore_optimizer(optimizer, scaler, state, path):
-    """Takes over a checkpoint's moments and loss scale; returns how many steps float16 skipped so far, and in a row."""
+def restore_optimizer(optimizer, scaler, checkpoint, path):
+    """Takes over a checkpoint's moments and loss scale; returns how many steps float16 skipped so far, and in a row.
+
+    The moments have to fit: fused AdamW writes beyond the end of one that is too short. Rates and betas are those of
+    the settings. Without weights it is the light copy of a process that gets the moments from the first one.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        scale = state.pop("scaler", {})
-        if state:
-            optimizer.load_state_dict(state)
+        state, scale = checkpoint["optimizer"], checkpoint["optimizer"].get("scaler", {})
+        if checkpoint["model"]:
+            moments = state["state"]
+            fit = all(moments[i]["step"].shape == () and moments[i]["exp_avg"].shape == moments[i]["exp_avg_sq"].shape ==
+                      p.shape for i, p in enumerate(parameters)) if moments else scale.get("skipped", 0) > 0
+            if not fit:
+                raise ValueError("moments of other shapes, or none")
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         if scaler.is_enabled() and "scale" in scale:
             scaler.load_state_dict(scale)
         return scale.get("skipped", 0), scale.get("in_a_row", 0)
@@ -683,15 +700,20 @@ class Log:
             self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
             changes = header["constants"]["resumed_with"]
             header = header if not rows or "split" in rows[0] else rows.pop(0)  # torn off, or the run's first one
-            before = [change for change in header.get("resumed", ()) if change["step"] < step]
+            before = header["resumed"] if isinstance(header.get("resumed"), list) else []
+            before = [c for c in before if isinstance(c, dict) and isinstance(c.get("step"), int) and c["step"] < step]
             header["resumed"] = before + [{"step": step, **changes}] * bool(changes)
         partial = path.with_suffix(".partial")
         try:
             partial.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
             os.replace(partial, path)
-        except OSError:
+        except OSError as error:
             partial.unlink(missing_ok=True)
-            raise
+            raise InputError(f"{path} could not be written ({error.strerror}): make room, or choose another "
+                             f"--out_dir.") from None
+        last = max((row.get("step", 0) for row in rows), default=0)
+        if step is not None and last + header["constants"]["log_interval"] < step:
+            say(f"warning: {path} was cut: its last line is of step {last:,}, the checkpoint of {step:,}.")
         self.file = open(path, "ab", buffering=0)
         self.start = time.time() - self.seconds
         say("\n" + "step".rjust(8) + " split" + "".join(n.rjust(w + 1) for n, w in COLUMNS.items())
@@ -701,11 +723,17 @@ class Log:
         """A full disk does not end the run: what could not be written is kept, and tried again with the next line."""
         waiting, self.unwritten = bool(self.unwritten), self.unwritten + (json.dumps(row) + "\n").encode()
         try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.flush()
         except OSError as error:
             if not waiting:
                 say(f"warning: {self.path} could not be written ({error.strerror}); its lines wait in memory.")
+
+    def flush(self):
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def __call__(self, split, step, values, left=None):
         row = {"split": split, "step": step, "seconds": round(time.time() - self.start, 3)}
@@ -943,7 +971,7 @@ def run(settings, checkpoint, device, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     skipped = in_a_row = 0  # steps whose gradients were too large for float16
     if checkpoint:
-        skipped, in_a_row = together(restore_optimizer, optimizer, scaler, checkpoint["optimizer"], out / "ckpt.pt")
+        skipped, in_a_row = together(restore_optimizer, optimizer, scaler, checkpoint, out / "ckpt.pt")
         if W > 1:
             share(optimizer)  # as DistributedDataParallel does with the weights
         del checkpoint
@@ -1022,20 +1050,23 @@ def run(settings, checkpoint, device, dtype):
                 f"texts; try relative_init=local, a longer warm-up or a smaller learning rate.")
         return result
 
+    def write(step):
+        log.flush()  # no checkpoint without the lines up to it
+        os.fsync(log.file.fileno())
+        write_checkpoint(out / "ckpt.pt", {
+            "model": model.state_dict(), "step": step, "optimizer": {**optimizer.state_dict(), "scaler": {
+                **scaler.state_dict(), "skipped": skipped, "in_a_row": in_a_row}},
+            "config": dataclasses.asdict(config), "constants": settings,
+            "tokenizer": tokenizer.state(), "versions": versions})
+        keep_milestone(out / "ckpt.pt", step, settings)
+
     def save(step, final):
-        if rank() != 0:
-            return
+        if final:
+            return together(lambda: rank() == 0 and write(step))
         try:
-            os.fsync(log.file.fileno())
-            write_checkpoint(out / "ckpt.pt", {
-                "model": model.state_dict(), "step": step, "optimizer": {**optimizer.state_dict(), "scaler": {
-                    **scaler.state_dict(), "skipped": skipped, "in_a_row": in_a_row}},
-                "config": dataclasses.asdict(config), "constants": settings,
-                "tokenizer": tokenizer.state(), "versions": versions})
-            keep_milestone(out / "ckpt.pt", step, settings)
+            if rank() == 0:
+                write(step)
         except (InputError, OSError) as error:  # a full disk, say: the run goes on and tries again
-            if final:
-                raise
             say(f"warning: {sentence(error)}")
 
     # --- the loop

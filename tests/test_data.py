@@ -1300,7 +1300,8 @@ def packed(tmp_path_factory):
     tokens[np.random.default_rng(0).integers(0, LENGTH, LENGTH // 20)] = SEP
     tokens.tofile(folder / "train.bin")
     np.arange(3, dtype=np.uint16).tofile(folder / "val.bin")
-    meta = {"vocab_size": 20_004, "tokens": {"train": LENGTH, "val": 3}, "dtype": "uint16", "sha256": {},
+    meta = {"vocab_size": 20_004, "tokens": {"train": LENGTH, "val": 3}, "dtype": "uint16", "sha256": {
+            split: hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest() for split in ("train", "val")},
             "lowercase": True, "pattern": "",
             "special_ids": {"[PAD]": 20_000, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": 20_003}}
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -229,6 +229,55 @@ def test_a_damaged_checkpoint_is_said_in_a_sentence(options, finished, tmp_path,
         train.load_checkpoint(out / "ckpt.pt")
 
 
+def cut(state):
+    state[0]["exp_avg"] = torch.zeros(3)
+
+
+def text(state):
+    state[0]["exp_avg_sq"] = "many"
+
+
+@pytest.mark.parametrize("change", [
+    cut, text, dict.clear, dict.popitem, lambda state: state[1].pop("step"), lambda state: state.update({0: 7}),
+    lambda state: state[2].update(step=torch.ones(2))])
+def test_moments_that_do_not_fit_are_refused(options, halfway, change):
+    """Their checksums are right; fused AdamW would write beyond the end of one that is too short."""
+    out, resume = halfway
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    change(checkpoint["optimizer"]["state"])
+    torch.save(checkpoint, out / "ckpt.pt")
+    before = (out / "ckpt.pt").read_bytes()
+    status, said = run_here(*resume)
+    assert status == 2 and f"{out}/ckpt.pt has no optimizer that fits this model" in said
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
+def test_rates_of_a_checkpoint_do_not_replace_the_settings(finished, halfway):
+    out, resume = halfway
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    checkpoint["optimizer"]["param_groups"][0].update(betas=(0.5, 0.5), weight_decay=0.9)
+    torch.save(checkpoint, out / "ckpt.pt")
+    assert run_here(*resume)[0] == 0
+    assert stress.differences(finished, out) == []
+
+
+@pytest.mark.parametrize("left", ["ckpt.4.pt", "ckpt.prev.pt"])
+def test_a_run_whose_last_checkpoint_is_gone_is_not_begun_anew(options, finished, tmp_path, left):
+    shutil.copy(finished / "ckpt.pt", tmp_path / left)
+    for start in ("scratch", "resume", "resume_or_scratch"):
+        status, said = run_here(*options, f"--out_dir={tmp_path}", f"--init_from={start}")
+        assert status == 2 and f"{tmp_path}/ckpt.pt is gone but {tmp_path}/{left} is there" in said
+    assert [file.name for file in tmp_path.iterdir()] == [left]
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_not_replaced(options, tmp_path):
+    (tmp_path / "ckpt.pt").symlink_to("/nonexistent/ckpt.pt")
+    for start in ("scratch", "resume_or_scratch"):
+        status, said = run_here(*options, f"--out_dir={tmp_path}", f"--init_from={start}")
+        assert status == 2 and "is a link to /nonexistent/ckpt.pt, which is not there" in said
+    assert (tmp_path / "ckpt.pt").is_symlink()
+
+
 def test_a_damaged_checkpoint_is_not_kept_as_the_one_before(tmp_path, draw):
     path = tmp_path / "ckpt.pt"
     for step in (1, 2):
@@ -253,6 +302,56 @@ def test_milestones_are_spread_over_the_run(options, finished, tmp_path, keep, s
 def test_a_full_disk_loses_nothing(options, finished, tmp_path, draw):
     for number in range(3):
         assert stress.full_disk(options, finished, tmp_path / str(number), draw) == []
+
+
+def test_lines_that_wait_for_the_disk_are_written_before_the_checkpoint(options, finished, tmp_path, monkeypatch):
+    """One line finds the disk full; the run is stopped before the next one is due, and resumed."""
+    class Full:
+        def write(self, raw):
+            raise OSError(28, "No space left on device")
+
+    write = train.Log.write
+
+    def once_full(self, row):
+        file = self.file
+        if (row["split"], row["step"]) == ("train", 7):
+            self.file = Full()
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(self, row)
+        self.file = file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Log, "write", once_full)
+        status, said = run_here(*options, f"--out_dir={tmp_path}/out")
+    assert status == 128 + signal.SIGTERM and "its lines wait in memory" in said
+    assert run_here(*options[:2], f"--out_dir={tmp_path}/out", "--init_from=resume")[0] == 0
+    assert stress.differences(finished, tmp_path / "out") == []
+
+
+def test_a_disk_that_stays_full_ends_all_processes_with_one_sentence(options, tmp_path):
+    program = ("-c", "import resource, data, train; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
+                     "data.run_command(train.main, quiet=lambda: train.rank() != 0)")
+    statuses, said = stress.finish(stress.start(*options, f"--out_dir={tmp_path}/out", "--max_steps=3", processes=2,
+                                                program=program))
+    assert statuses == [2, 2] and "Traceback" not in said
+    assert said.count("ckpt.pt could not be written") == 2 and said.count("there is no checkpoint yet") == 2  # steps 2, 3
+    assert os.listdir(tmp_path / "out") == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("resumed", [5, [{"a": 1}], [{"step": "x"}], {"step": 1}])
+def test_a_log_whose_first_line_is_damaged_goes_on(finished, halfway, resumed):
+    out, resume = halfway
+    first, *lines = (out / "log.jsonl").read_text().splitlines()
+    (out / "log.jsonl").write_text("\n".join([json.dumps({**json.loads(first), "resumed": resumed}), *lines]) + "\n")
+    assert run_here(*resume)[0] == 0
+    assert stress.differences(finished, out) == []
+
+
+def test_a_log_that_is_gone_is_said(halfway):
+    out, resume = halfway
+    (out / "log.jsonl").unlink()
+    status, said = run_here(*resume)
+    assert status == 0 and f"warning: {out}/log.jsonl was cut: its last line is of step 0" in said
 
 
 # --- signals
@@ -319,6 +418,16 @@ def test_nodes_with_other_text_are_refused(options, corpus, tmp_path):
 
 
 # --- data
+
+
+@pytest.mark.parametrize("name", ["train", "val", "tokenizer"])
+def test_text_without_its_checksum_is_refused(options, corpus, tmp_path, name):
+    folder = shutil.copytree(corpus, tmp_path / "data/toy")
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["sha256"][name]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    status, said = run_here(*options, f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/out")
+    assert status == 2 and re.search(r"meta.json is damaged|not as meta.json says", said)
 
 
 def test_text_that_changed_since_the_checkpoint_is_refused(options, corpus, halfway, tmp_path):
