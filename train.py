@@ -1116,8 +1116,9 @@ def run(settings, checkpoint, device, dtype):
                 first, again = step * settings["batch_size"], "resume" if (out / "ckpt.pt").exists() else "scratch"
                 print(f"{details}\ntrain.py: stopped at step {step + 1}: {what}; its sequences are {first} to "
                       f"{first + settings['batch_size'] - 1} of the run (seed {settings['seed']}); what {out} holds "
-                      f"stays as it is; --init_from={again} --debug_step={step + 1} shows that batch alone; try a "
-                      f"smaller learning_rate or a longer warm-up.", file=sys.stderr, flush=True)
+                      f"stays as it is; --init_from={again} --debug_step={step + 1} shows that batch alone; a "
+                      f"new run, from an earlier checkpoint say, may have a smaller learning_rate or a longer warm-up.",
+                      file=sys.stderr, flush=True)
             sys.exit(1)
         torch.nn.utils.clip_grads_with_norm_(parameters, settings["grad_clip"] or math.inf, norm)
         scaler.step(optimizer)
