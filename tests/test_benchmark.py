@@ -16,13 +16,13 @@ def test_benchmark_prints_its_tables(tmp_path):
     words = ["".join(draw.choices("aeioubcdfglmnprst", k=draw.randint(2, 7))) for _ in range(300)]
     (tmp_path / "text.txt").write_text("\n\n".join(" ".join(draw.choices(words, k=200)) for _ in range(300)))
     data.prepare([tmp_path / "text.txt"], name="docs", data_dir=str(tmp_path), vocab_size=400, val_fraction=0.1, workers=1)
-    command = [sys.executable, BENCHMARK, "--preset=tiny", "--steps=1", "--peers=none", "--levers=dropout,recompute", f"--data_dir={tmp_path}",
-               "--parts=steps,around,projection"]
+    command = [sys.executable, BENCHMARK, "--preset=tiny", "--steps=1", "--peers=none", "--levers=recompute",
+               "--parts=steps,around,projection", f"--data_dir={tmp_path}"]
     said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     rows = {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")]
                                                 for line in said.stdout.splitlines() if line.startswith("|"))}
-    for name in ("ours, float32", "ours, torch's dropout", "ours, recompute=True", "a validation", "tokenising", "base"):
+    for name in ("ours, float32", "ours, recompute=True", "a validation", "tokenising", "base"):
         assert re.search(r"[1-9]", rows[name][0]), name
 
 
