@@ -504,7 +504,7 @@ def read_checkpoint(path, parts=PARTS, of="train.py"):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: there is no checkpoint to start from.") from None
     except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): a checkpoint is a file, ckpt.pt for one.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): name a checkpoint's file.") from None
     except Exception as error:  # zipfile's, pickle's and torch's own kinds of damage
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from None
     if not isinstance(checkpoint, dict):
@@ -538,10 +538,12 @@ def restore_optimizer(optimizer, scaler, checkpoint, path):
         state, scale = checkpoint["optimizer"], checkpoint["optimizer"].get("scaler", {})
         if checkpoint["model"]:
             moments = state["state"]
-            fit = all(moments[i]["step"].shape == () and moments[i]["exp_avg"].shape == moments[i]["exp_avg_sq"].shape ==
-                      p.shape for i, p in enumerate(parameters)) if moments else scale.get("skipped", 0) > 0
-            if not fit:
-                raise ValueError("moments of other shapes, or none")
+            if not moments and not scale.get("skipped"):
+                raise ValueError("no moments")
+            for i, p in enumerate(parameters if moments else ()):
+                shapes = [moments[i][name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+                if shapes != [torch.Size(()), p.shape, p.shape]:
+                    raise ValueError("moments of another shape")
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         if scaler.is_enabled() and "scale" in scale:
             scaler.load_state_dict(scale)

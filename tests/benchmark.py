@@ -219,8 +219,8 @@ def steps_table(options):
     rate = statistics.median(rates)
     print(f"\nA training step of preset {preset}: {B} sequences of {T} tokens. A matrix product runs at "
           f"{rate / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}), {str(dtype)[6:]}. Medians of "
-          f"{options['steps']} steps, of our variants {(options['steps'] + 1) // 2}; ours of all its steps, the ratios of those "
-          f"in turn with the line's.\n")
+          f"{options['steps']} steps, of our variants {(options['steps'] + 1) // 2}; ours of all its steps, the ratios "
+          f"of those in turn with the line's.\n")
     print("| | tokens/s | step, s (min to max) | ours is faster by | GFLOP a step | of the product's rate | memory, MB |")
     print("|---|---|---|---|---|---|---|")
     for name, seconds, ratio, counted, megabytes in rows:

@@ -177,7 +177,7 @@ def test_presets_are_complete():
     ("--out_dir=/dev/null/out", "/dev/null"),
     ("--out_dir=", "out_dir is empty"),
     ("--init_from=", "init_from is empty"),
-    ("--init_from=/tmp", "/tmp cannot be read .Is a directory.: a checkpoint is a file"),
+    ("--init_from=/tmp", "/tmp cannot be read .Is a directory.: name a checkpoint"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(options, argument, message, tmp_path):
     with pytest.raises(data.InputError, match=message) as error:
