@@ -128,7 +128,7 @@ ALLOWED = {name: list(CHOICES.get(name, ())) or RANGES.get(name, bool) for name 
 FREE = {"data_dir", "out_dir", "init_from", "overwrite", "micro_batch_size", "max_steps", "device", "dtype", "compile",
         "recompute", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "checkpoint_keep",
         "timeout", "debug_step"}  # what a resumed run may change
-JOINING = 600  # seconds that the processes have to find each other
+JOINING = 600  # seconds that the processes have to find each other; `timeout` is not read yet
 SKIPS = 50  # steps in a row that float16 may skip: the scale has then been halved as often, so it is not the scale
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 PEAK = {  # teraflops a second, 16 bit with float32 sums, dense, from the makers' data sheets; the first name that fits
@@ -535,9 +535,9 @@ def restore_optimizer(optimizer, scaler, checkpoint, path):
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        state, scale = checkpoint["optimizer"], checkpoint["optimizer"].get("scaler", {})
+        scale = checkpoint["optimizer"].get("scaler", {})
         if checkpoint["model"]:
-            moments = state["state"]
+            moments = checkpoint["optimizer"]["state"]
             if not moments and not scale.get("skipped"):
                 raise ValueError("no moments")
             for i, p in enumerate(parameters if moments else ()):
@@ -1063,7 +1063,7 @@ def run(settings, checkpoint, device, dtype):
         keep_milestone(out / "ckpt.pt", step, settings)
 
     def save(step, final):
-        if final:
+        if final:  # a failure ends all processes
             return together(lambda: rank() == 0 and write(step))
         try:
             if rank() == 0:
