@@ -14,11 +14,13 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import platform
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -31,6 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # of every process we start: another number of threads gives other last bits
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -87,7 +90,54 @@ def run_here(*arguments):
     return status, said.getvalue()
 
 
-def start(*arguments, processes=1, folders=None, program=(str(ROOT / "train.py"),), **environment):
+def run_program(program, environment, folder, outputs):
+    """What a Forked process does: `python *program` with its two outputs in files."""
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    os.environ.update(environment)
+    os.chdir(folder or ".")
+    if program[0] == "-c":
+        sys.argv = ["-c", *program[2:]]
+        exec(compile(program[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = list(program)
+        runpy.run_path(program[0], run_name="__main__")
+
+
+class Forked:
+    """What we need of a subprocess.Popen of `python *program`, 4 s faster: forked from a process that has imported torch.
+
+    That one is multiprocessing's; it runs nothing else, so the children share no state with each other or with us.
+    """
+
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch._dynamo"])  # which AdamW imports, in 2 s
+
+    def __init__(self, program, environment, folder):
+        self.outputs = [tempfile.mkstemp()[1] for _ in range(2)]
+        self.process = self.server.Process(target=run_program, args=(program, environment, folder, self.outputs), daemon=True)
+        self.process.start()
+        self.kill = self.process.kill
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout=None):
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("Forked", timeout)
+        said = [Path(path).read_text() for path in self.outputs]
+        for path in self.outputs:
+            os.unlink(path)
+        return said
+
+
+def start(*arguments, processes=1, folders=None, program=(str(ROOT / "train.py"),)):
     """train.py as one or several processes, as a launcher starts them; folders: of nodes with one process each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -96,18 +146,13 @@ def start(*arguments, processes=1, folders=None, program=(str(ROOT / "train.py")
     for r in range(processes):
         ranks = {"RANK": str(r), "LOCAL_RANK": "0" if folders else str(r), "WORLD_SIZE": str(processes),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}
-        started.append(subprocess.Popen(
-            [sys.executable, *program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=folders[r] if folders else None,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **ranks, **environment}))
+        started.append(Forked((*program, *map(str, arguments)), ranks, folders and str(folders[r])))
     return started
 
 
 def torchrun(*arguments, options=("--standalone", "--nproc_per_node=2"), cwd=None):
     launcher = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py")]
-    return subprocess.Popen([*launcher, *arguments],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
 
 
 def finish(processes, seconds=300):

@@ -3,14 +3,11 @@
 What is equal here is equal to the bit, unless a tolerance says otherwise; all runs are on the CPU in float32.
 """
 
-import contextlib
 import importlib.util
-import io
 import json
 import math
 import os
 import platform
-import random
 import re
 import signal
 import subprocess
@@ -20,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stress
 import torch
+from stress import ROOT, rows
 
 import data
 import train
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--width=32", "--ffn_width=64", "--heads=2", "--max_len=32", "--batch_size=8", "--max_steps=3", "--warmup_steps=2",
          "--eval_batches=2", "--log_interval=1", "--eval_interval=100", "--checkpoint_interval=100"]
 
@@ -34,12 +32,7 @@ SMALL = ["--width=32", "--ffn_width=64", "--heads=2", "--max_len=32", "--batch_s
 def corpus(tmp_path_factory):
     """data_dir with the corpus `toy`: 400 short documents of made-up but not random words."""
     folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(1)
-    words = ["".join(draw.choices("aeioubcdfglmnprst", k=draw.randint(2, 7))) for _ in range(300)]
-    lines = [" ".join(draw.choices(words, weights=range(1, 301), k=draw.randint(5, 60))) + "." for _ in range(400)]
-    (folder / "toy.txt").write_text("\n\n".join(lines))
-    with contextlib.redirect_stdout(io.StringIO()):
-        data.prepare([folder / "toy.txt"], name="toy", data_dir=str(folder), vocab_size=400, val_fraction=0.1, workers=1)
+    stress.make_corpus(folder)
     return folder
 
 
@@ -65,13 +58,7 @@ def launch(arguments, processes=0, **popen):
     """train.py as its user starts it; processes > 0: by torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return subprocess.Popen([sys.executable, *torchrun, str(ROOT / "train.py"), *arguments], text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
-
-
-def rows(out, split=None):
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines[1:] if split in (None, line["split"])]
 
 
 def untimed(out):
@@ -324,9 +311,8 @@ def test_accumulation_equals_one_big_batch(options, tmp_path):
 def test_several_processes_equal_one(options, tmp_path, processes, accumulation):
     micro = 8 // accumulation
     run([*options, f"--out_dir={tmp_path}/one", f"--micro_batch_size={micro}"])
-    process = launch([*options, f"--micro_batch_size={micro // processes}"], processes)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    statuses, said = stress.finish(stress.start(*options, f"--micro_batch_size={micro // processes}", processes=processes))
+    assert set(statuses) == {0}, said
     assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "out"), tolerance=5e-6)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "out"), strict=True):
         assert a.keys() == b.keys()
@@ -406,14 +392,12 @@ def test_a_checkpoint_is_not_lost_because_only_the_one_before_is_left(options, t
 
 
 def test_a_full_disk_does_not_end_the_run(options, tmp_path):
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); import runpy, sys; sys.argv = sys.argv[1:]; "
-    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    process = subprocess.run([sys.executable, "-c", limit, str(ROOT / "train.py"), *options, "--checkpoint_interval=1"],
-                             capture_output=True, text=True, cwd=tmp_path,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert process.returncode == 2 and "Traceback" not in process.stderr
-    assert process.stdout.count("could not be written") == 2 and process.stderr.count("could not be written") == 1
+    program = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+                     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')", str(ROOT / "train.py"))
+    (process,) = stress.start(*options, "--checkpoint_interval=1", program=program)
+    out, err = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in err
+    assert out.count("could not be written") == 2 and err.count("could not be written") == 1
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["log.jsonl"]
     assert len(rows(tmp_path / "out", "train")) == 3
 
@@ -512,7 +496,8 @@ def test_compiled_passes_are_one_graph_each_and_equal_eager(corpus, dtype, recom
     """A run's three kinds of pass (training, the same with statistics, evaluation) are three graphs without a break."""
     torch.manual_seed(0)
     tokenizer = data.Tokenizer.load(corpus / "toy")
-    config = train.Config.from_preset("tiny", vocab_size=tokenizer.vocab_size, width=32, heads=2, ffn_width=64, max_len=32)
+    config = train.Config.from_preset("tiny", vocab_size=tokenizer.vocab_size, layers=1 + recompute, width=32, heads=2, ffn_width=64,
+                                      max_len=32)
     model = train.COCOLM(config)
     model.main.recompute = recompute
     sequences = data.Sequences(corpus / "toy", "train", 32, config.masked, config.crop_len, 0)
@@ -582,6 +567,6 @@ for _ in range(20):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    faults = [int(subprocess.run([sys.executable, "-c", source, how], cwd=ROOT, capture_output=True, check=True).stdout)
-              for how in ("keep", "give back")]
-    assert faults[0] < 0.1 * faults[1]
+    pair = [stress.start(how, program=("-c", source))[0] for how in ("keep", "give back")]
+    kept, given_back = (int(process.communicate()[0]) for process in pair)
+    assert kept < 0.1 * given_back
