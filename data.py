@@ -754,7 +754,7 @@ class Sequences:
 
     def __init__(self, folder, split, max_len, masked, crop_len, seed, check=True):
         meta = read_meta(folder)
-        path = Path(folder, f"{split}.bin")
+        self.path = path = Path(folder, f"{split}.bin")
         dtype = token_dtype(meta["vocab_size"])
         if not path.exists() or path.stat().st_size != meta["tokens"][split] * dtype.itemsize:
             raise InputError(f"{path} is not as meta.json says ({meta['tokens'][split]:,} tokens); prepare it again.")
@@ -779,6 +779,9 @@ class Sequences:
         tokens[1:] = self.tokens[start : start + self.max_len - 1]
         random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
+        if len(ordinary) < self.masked:
+            raise InputError(f"{self.path} has only {len(ordinary)} tokens but [CLS] and [SEP] at place {start:,} and "
+                             f"behind it, and {self.masked} are to be masked; prepare it from other text.")
         masked = np.sort(random.permutation(ordinary)[: self.masked])
         crop_start = random.integers(1, self.max_len - self.crop_len + 1)
         crop = np.concatenate([tokens[:1], tokens[crop_start : crop_start + self.crop_len]])

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,11 +42,11 @@ import data  # noqa: E402
 import finetune  # noqa: E402
 import train  # noqa: E402
 
-SMALL = ["--width=32", "--ffn_width=64", "--heads=2", "--max_len=32", "--batch_size=12", "--micro_batch_size=6",
-         "--max_steps=12", "--warmup_steps=2", "--eval_batches=1", "--log_interval=1", "--eval_interval=5",
-         "--checkpoint_interval=2", "--dropout=0.1"]
+SMALL = ["--layers=1", "--width=32", "--ffn_width=64", "--heads=2", "--max_len=32", "--batch_size=12",
+         "--micro_batch_size=6", "--max_steps=12", "--warmup_steps=2", "--eval_batches=1", "--log_interval=1",
+         "--eval_interval=5", "--checkpoint_interval=2", "--dropout=0.1"]
 VARIANTS = {"float32": [], "bfloat16": ["--dtype=bfloat16"], "float16 with loss scaling": ["--dtype=float16"],
-            "three passes a step": ["--micro_batch_size=4"], "compiled": ["--compile=True", "--layers=1"]}
+            "three passes a step": ["--micro_batch_size=4"], "compiled": ["--compile=True"]}
 
 
 class Killed(BaseException):
@@ -90,8 +90,12 @@ def run_here(*arguments):
     return status, said.getvalue()
 
 
+SERVER = multiprocessing.get_context("forkserver")  # processes that begin as forks of one that has imported torch
+SERVER.set_forkserver_preload(["torch._dynamo"])  # AdamW imports it, which takes as long as torch itself
+
+
 def run_program(program, environment, folder, outputs):
-    """What a Forked process does: `python *program` with its two outputs in files."""
+    """`python *program` in this process, with its two outputs in files."""
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.update(environment)
@@ -105,17 +109,12 @@ def run_program(program, environment, folder, outputs):
 
 
 class Forked:
-    """What we need of a subprocess.Popen of `python *program`, 4 s faster: forked from a process that has imported torch.
-
-    That one is multiprocessing's; it runs nothing else, so the children share no state with each other or with us.
-    """
-
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch._dynamo"])  # which AdamW imports, in 2 s
+    """What we need of subprocess.Popen(["python", *program]), 4 s faster: the imports are done already, and nothing else."""
 
     def __init__(self, program, environment, folder):
-        self.outputs = [tempfile.mkstemp()[1] for _ in range(2)]
-        self.process = self.server.Process(target=run_program, args=(program, environment, folder, self.outputs), daemon=True)
+        self.outputs = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
+        self.process = SERVER.Process(target=run_program, daemon=True, args=(
+            program, environment, folder, [file.name for file in self.outputs]))
         self.process.start()
         self.kill = self.process.kill
 
@@ -131,10 +130,12 @@ class Forked:
         self.process.join(timeout)
         if self.poll() is None:
             raise subprocess.TimeoutExpired("Forked", timeout)
-        said = [Path(path).read_text() for path in self.outputs]
-        for path in self.outputs:
-            os.unlink(path)
-        return said
+        return [file.read() for file in self.outputs]
+
+
+def in_processes(number):
+    """To run functions of the tests on so many cores."""
+    return ProcessPoolExecutor(number, SERVER)
 
 
 def start(*arguments, processes=1, folders=None, program=(str(ROOT / "train.py"),)):
@@ -277,7 +278,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def sigkilled_equals_undisturbed(options, folder, kills, draw, processes=1):
     """As above with SIGKILL at random moments, every second time while a checkpoint waits to be put in place."""
-    out, lost = folder / "killed", []
+    out, lost, options = folder / "killed", [], [*options, "--max_steps=24"]  # enough to kill it before it is done
     command = [*options, "--init_from=resume_or_scratch", f"--out_dir={out}"]
     statuses, said = finish(start(*options, f"--out_dir={folder}/alone", processes=processes))
     lost += [said] * any(statuses)
@@ -305,6 +306,7 @@ def sigkilled_equals_undisturbed(options, folder, kills, draw, processes=1):
 
 def restarted_by_torchrun(options, folder, draw):
     """One of two processes is killed; torchrun --max-restarts brings the run back without a hand on it."""
+    options = [*options, "--max_steps=24"]
     statuses, said = finish(start(*options, f"--out_dir={folder}/alone", processes=2))
     lost = [said] * any(statuses)
     launcher = torchrun(*options, f"--out_dir={folder}/killed", "--init_from=resume_or_scratch", "--timeout=60",

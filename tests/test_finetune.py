@@ -5,7 +5,6 @@ Every file is made here, in the official layouts; every run is on the CPU in flo
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -15,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stress
 import torch
+from stress import ROOT
 
 import data
 import finetune
 import train
 
-ROOT = Path(__file__).parent.parent
+FINETUNE = (str(ROOT / "finetune.py"),)
 WORDS = ("river stone garden window letter music winter silver bridge forest candle market paper engine harbour valley "
          "teacher doctor painter farmer sings walks writes builds opens finds quickly slowly never always").split()
 FLAT = ["CoLA", "SST-2", "MRPC", "STS-B", "QQP", "QNLI", "RTE", "WNLI"]  # the tasks with one dev set
@@ -623,29 +624,25 @@ def test_all_of_glue_that_is_there(options, tmp_path, capsys):
 # --- several processes, exit status
 
 
-def launch(arguments, processes=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    return subprocess.run([sys.executable, *torchrun, str(ROOT / "finetune.py"), *map(str, arguments)], text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_processes_equal_one(options, tmp_path):
     write_glue(tmp_path / "data", "STS-B", 41)  # the last batch has one example: the second process has none
     options = [*options, "--task=STS-B", "--dropout=0", "--epochs=3", "--batch_size=8", "--learning_rate=1e-3"]
     run([*options, f"--out_dir={tmp_path}/one"])
-    process = launch(options, 2)
-    assert process.returncode == 0, process.stderr
+    first, second = stress.start(*options, processes=2, program=FINETUNE)
+    (said, err), _ = first.communicate(), second.communicate()
+    assert first.returncode == second.returncode == 0, err
     one, two = results(tmp_path, "STS-B", "one"), results(tmp_path, "STS-B")
-    assert json.loads(process.stdout.splitlines()[-1])["metrics"] == two["metrics"]
+    assert json.loads(said.splitlines()[-1])["metrics"] == two["metrics"]
     assert two["settings"] == one["settings"]
     for a, b in zip(*(table(tmp_path / out / "STS-B/predictions/STS-B.dev.tsv")[1:] for out in ("one", "out"))):
         assert float(a[1]) == pytest.approx(float(b[1]), abs=1e-4) and a[2] == b[2]
 
 
 def test_exit_status_and_standard_error(options):
-    process = launch([*options, "--task=COLX"])
-    assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr.startswith("finetune.py: --task has to be one of CoLA") and process.stderr.count("\n") == 1
+    (process,) = stress.start(*options, "--task=COLX", program=FINETUNE)
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == ""
+    assert err.startswith("finetune.py: --task has to be one of CoLA") and err.count("\n") == 1
 
 
 # --- bad input

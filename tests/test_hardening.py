@@ -61,21 +61,28 @@ def draw(request):
     return random.Random(f"{SEED} {request.node.name}")
 
 
-@pytest.fixture
-def halfway(options, finished, tmp_path):
-    """out_dir of that run, stopped after 6 of its 12 steps; and its command line, resuming."""
-    with stress.killed_at(0), pytest.MonkeyPatch.context() as patch:
-        write = train.Log.write
+@pytest.fixture(scope="module")
+def stopped(one_thread, options, tmp_path_factory):
+    """out_dir of that run, stopped after 6 of its 12 steps. To be copied, not changed."""
+    out, write = tmp_path_factory.mktemp("stopped") / "out", train.Log.write
 
-        def stops(self, row):
-            write(self, row)
-            if row["split"] == "train" and row["step"] == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def stops(self, row):
+        write(self, row)
+        if row["split"] == "train" and row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Log, "write", stops)
-        assert run_here(*options, f"--out_dir={tmp_path}/out")[0] == 128 + signal.SIGTERM
-    assert rows(tmp_path / "out")[-1]["step"] in (5, 6)
-    return tmp_path / "out", [*options[:2], f"--out_dir={tmp_path}/out", "--init_from=resume"]
+        assert run_here(*options, f"--out_dir={out}")[0] == 128 + signal.SIGTERM
+    assert rows(out)[-1]["step"] in (5, 6)
+    return out
+
+
+@pytest.fixture
+def halfway(options, stopped, tmp_path):
+    """A copy of it; and its command line, resuming."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    return out, [*options[:2], f"--out_dir={out}", "--init_from=resume"]
 
 
 # --- what the other tests rest on
@@ -111,11 +118,18 @@ def test_the_fuzzers_find_tracebacks_and_bad_messages(corpus, tmp_path, draw, mo
 # --- killed and resumed
 
 
-@pytest.mark.parametrize("variant", stress.VARIANTS)
-def test_killed_on_the_way_to_the_disk(options, tmp_path, draw, variant):
+def killed_on_the_way(options, folder, variant):
+    kills = 1 if variant == "compiled" else 2  # each start compiles three graphs
     with stress.without_a_compiler():
-        kills = 1 if variant == "compiled" else 2  # each start compiles three graphs
-        assert stress.resumed_equals_undisturbed([*options, *stress.VARIANTS[variant]], tmp_path, kills, draw) == []
+        return stress.resumed_equals_undisturbed([*options, *stress.VARIANTS[variant]], folder / variant, kills,
+                                                 random.Random(f"{SEED} {variant}"))
+
+
+def test_killed_on_the_way_to_the_disk(options, tmp_path):
+    with stress.in_processes(2) as pool:
+        lost = {variant: pool.submit(killed_on_the_way, options, tmp_path, variant)
+                for variant in sorted(stress.VARIANTS, key="compiled".__ne__)}  # the longest one first
+        assert {variant: found.result() for variant, found in lost.items()} == dict.fromkeys(stress.VARIANTS, [])
 
 
 def test_killed_at_each_step_to_the_disk(options, tmp_path):
@@ -130,8 +144,9 @@ def test_killed_at_each_step_to_the_disk(options, tmp_path):
     assert stress.differences(tmp_path / "alone", tmp_path / "out") + stress.leftovers(tmp_path / "out") == []
 
 
-def test_sigkilled_at_random_moments(options, tmp_path, draw):
-    assert stress.sigkilled_equals_undisturbed(options, tmp_path, 3, draw) == []
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigkilled_at_random_moments(options, tmp_path, draw, processes):
+    assert stress.sigkilled_equals_undisturbed(options, tmp_path, 3, draw, processes) == []
 
 
 def test_three_processes_resume_exactly(options, tmp_path, draw):
@@ -357,7 +372,7 @@ def test_a_log_that_is_gone_is_said(halfway):
 # --- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(options, tmp_path, number):
     assert stress.signalled(options, tmp_path, number) == []
 
@@ -450,15 +465,32 @@ def test_text_that_changed_since_the_checkpoint_is_refused(options, corpus, half
     assert run_here(*here)[0] == 0
 
 
+@pytest.fixture
+def edited(corpus, tmp_path):
+    """edited(split, place, token): in tmp_path/data/toy, the corpus with other tokens there, and the checksum made to fit."""
+    def edit(split, place, token):
+        folder = shutil.copytree(corpus, tmp_path / "data/toy")
+        tokens = np.fromfile(folder / f"{split}.bin", np.uint16)
+        tokens[place] = token
+        tokens.tofile(folder / f"{split}.bin")
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["sha256"][split] = data.hashlib.sha256(tokens).hexdigest()
+        (folder / "meta.json").write_text(json.dumps(meta))
+        return tokens
+    return edit
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_ids_beyond_the_vocabulary_are_found_when_the_data_is_opened(options, corpus, tmp_path, split):
-    folder = shutil.copytree(corpus, tmp_path / "data/toy")
-    tokens = np.fromfile(folder / f"{split}.bin", np.uint16)
-    tokens[-3] = 400
-    tokens.tofile(folder / f"{split}.bin")
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["sha256"][split] = data.hashlib.sha256(tokens).hexdigest()
-    (folder / "meta.json").write_text(json.dumps(meta))
+def test_text_without_words_is_refused(options, corpus, edited, tmp_path, split):
+    edited(split, slice(None), data.Tokenizer.load(corpus).sep_id)
+    status, said = run_here(*options, f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/out")
+    assert status == 2 and f"{split}.bin has only 0 tokens but [CLS] and [SEP] at place" in said
+    assert not list(tmp_path.glob("out/ckpt*"))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ids_beyond_the_vocabulary_are_found_when_the_data_is_opened(options, edited, tmp_path, split):
+    tokens = edited(split, -3, 400)
     status, said = run_here(*options, f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/out")
     assert status == 2 and f"{split}.bin has the token 400 at place {len(tokens) - 3:,}, beyond its voc" in said
     assert not (tmp_path / "out").exists()
@@ -471,7 +503,8 @@ def test_what_a_resumed_run_changed_stands_in_its_log(halfway):
     header = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert header["constants"]["max_steps"] == 12
     first, second = header["resumed"]
-    assert {key: first[key] for key in first if key != "step"} == {"max_steps": 14, "eval_interval": 7}
+    assert {key: first[key] for key in first if key != "step"} == {"out_dir": str(out), "max_steps": 14,
+                                                                        "eval_interval": 7}
     assert second == {"step": 14, "max_steps": 15} and first["step"] in (5, 6)
 
 
@@ -554,7 +587,7 @@ run_command(train.main, quiet=lambda: train.rank() != 0)
 
 
 def test_float16_counts_skipped_steps_and_50_in_a_row_stop_the_run(options, tmp_path, poisoned):
-    half = [*options, "--dtype=float16", "--max_steps=80"]
+    half = [*options, "--dtype=float16", "--max_steps=80", "--eval_interval=100", "--checkpoint_interval=10"]
     poisoned(7, math.inf)
     status, said = run_here(*half, f"--out_dir={tmp_path}/out")
     assert status == 1 and "stopped at step 56" in said and "50th step in a row" in said

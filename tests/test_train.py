@@ -54,13 +54,6 @@ def run(arguments):
             signal.signal(number, handler)
 
 
-def launch(arguments, processes=0, **popen):
-    """train.py as its user starts it; processes > 0: by torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    return subprocess.Popen([sys.executable, *torchrun, str(ROOT / "train.py"), *arguments], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
-
-
 def untimed(out):
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_sec", "mfu")} for row in rows(out)]
 
@@ -174,15 +167,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(options, argument, message
 
 
 def test_exit_status_and_standard_error(options):
-    process = launch([*options, "--max_step=3"])
-    out, err = process.communicate()
-    assert process.returncode == 2 and out == ""
-    assert err == 'train.py: there is no option --max_step, did you mean "max_steps"?\n'
+    said = subprocess.run([sys.executable, str(ROOT / "train.py"), *options, "--max_step=3"], capture_output=True, text=True)
+    assert said.returncode == 2 and said.stdout == ""
+    assert said.stderr == 'train.py: there is no option --max_step, did you mean "max_steps"?\n'
 
 
 def test_an_error_of_several_processes_is_said_once(options):
-    process = launch([*options, "--dataset=nothing"], processes=2)
-    out, err = process.communicate()
+    process = stress.torchrun(*options, "--dataset=nothing")
+    _, err = process.communicate()
     assert process.returncode != 0
     assert err.count("there is no corpus") == 1
 
@@ -491,13 +483,11 @@ def test_where_compiling_fails_the_run_goes_on(options, tmp_path, monkeypatch, c
     assert len(rows(tmp_path / "out", "train")) == 3
 
 
-@pytest.mark.parametrize("dtype, recompute", [(torch.float32, False), (torch.bfloat16, True)])
-def test_compiled_passes_are_one_graph_each_and_equal_eager(corpus, dtype, recompute):
-    """A run's three kinds of pass (training, the same with statistics, evaluation) are three graphs without a break."""
+def assert_compiled_equals_eager(corpus, dtype, recompute):
     torch.manual_seed(0)
     tokenizer = data.Tokenizer.load(corpus / "toy")
-    config = train.Config.from_preset("tiny", vocab_size=tokenizer.vocab_size, layers=1 + recompute, width=32, heads=2, ffn_width=64,
-                                      max_len=32)
+    config = train.Config.from_preset("tiny", vocab_size=tokenizer.vocab_size, layers=1 + recompute, width=32,
+                                      heads=2, ffn_width=64, max_len=32)
     model = train.COCOLM(config)
     model.main.recompute = recompute
     sequences = data.Sequences(corpus / "toy", "train", 32, config.masked, config.crop_len, 0)
@@ -515,8 +505,6 @@ def test_compiled_passes_are_one_graph_each_and_equal_eager(corpus, dtype, recom
 
     eager = all_kinds()
     gradient, model.main.embeddings.tokens.weight.grad = model.main.embeddings.tokens.weight.grad, None
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     model.passes = torch.compile(model.passes, dynamic=False, fullgraph=True, backend="aot_eager")
     compiled = all_kinds()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -525,6 +513,14 @@ def test_compiled_passes_are_one_graph_each_and_equal_eager(corpus, dtype, recom
         torch.testing.assert_close(gradient, model.main.embeddings.tokens.weight.grad, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_passes_are_one_graph_each_and_equal_eager(corpus):
+    """A run's three kinds of pass (training, the same with statistics, evaluation) are three graphs without a break."""
+    with stress.in_processes(2) as pool:
+        for done in [pool.submit(assert_compiled_equals_eager, corpus, *variant)
+                     for variant in ((torch.float32, False), (torch.bfloat16, True))]:
+            done.result()
 
 
 def test_recompute_gives_the_same_run(options, tmp_path):
