@@ -323,7 +323,7 @@ def restarted_by_torchrun(options, folder, draw):
 def tiny_killed_for_minutes(folder, minutes, draw):
     """Preset tiny on the default corpus, killed about ten times at random, beside its twin that is left alone."""
     base = [f"--data_dir={folder}", "--log_interval=1", "--eval_interval=100", "--checkpoint_interval=50"]
-    finish(start(*base, f"--out_dir={folder}/probe", "--max_steps=40", "--eval_batches=1"))
+    run_here(*base, f"--out_dir={folder}/probe", "--max_steps=40", "--eval_batches=1")
     speed = np.median([row["tokens_per_sec"] for row in rows(folder / "probe", "train")]) / (16 * 128)  # steps a second
     steps = max(60, int(0.8 * minutes * 60 * speed))
     base += [f"--max_steps={steps}", f"--warmup_steps={min(300, steps)}"]
