@@ -786,13 +786,13 @@ def main():
         if settings["minutes"]:
             table["preset tiny beside its undisturbed twin"] = lambda draw: tiny_killed_for_minutes(
                 folder / "tiny", settings["minutes"], draw)
-        print(f"{'tried':52} {'how often':24} {'lost':8} seconds")
+        print(f"{'tried':64} {'how often':24} {'lost':8} seconds")
         for name, row in table.items():
             if settings["only"] in name:
                 began = time.time()
                 with without_a_compiler():
                     tried, lost = row(random.Random(f"{settings['seed']} {name}"))
-                print(f"{name:52} {tried:24} {len(lost) or 'nothing':<8} {time.time() - began:7.0f}", flush=True)
+                print(f"{name:64} {tried:24} {len(lost) or 'nothing':<8} {time.time() - began:7.0f}", flush=True)
                 for problem in lost[:5]:
                     print(f"    {problem}")
                 failed += len(lost)
