@@ -167,7 +167,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(options, argument, message
 
 
 def test_exit_status_and_standard_error(options):
-    said = subprocess.run([sys.executable, str(ROOT / "train.py"), *options, "--max_step=3"], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "train.py"), *options, "--max_step=3"]
+    said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 2 and said.stdout == ""
     assert said.stderr == 'train.py: there is no option --max_step, did you mean "max_steps"?\n'
 
@@ -303,7 +304,8 @@ def test_accumulation_equals_one_big_batch(options, tmp_path):
 def test_several_processes_equal_one(options, tmp_path, processes, accumulation):
     micro = 8 // accumulation
     run([*options, f"--out_dir={tmp_path}/one", f"--micro_batch_size={micro}"])
-    statuses, said = stress.finish(stress.start(*options, f"--micro_batch_size={micro // processes}", processes=processes))
+    started = stress.start(*options, f"--micro_batch_size={micro // processes}", processes=processes)
+    statuses, said = stress.finish(started)
     assert set(statuses) == {0}, said
     assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "out"), tolerance=5e-6)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "out"), strict=True):
@@ -505,6 +507,8 @@ def assert_compiled_equals_eager(corpus, dtype, recompute):
 
     eager = all_kinds()
     gradient, model.main.embeddings.tokens.weight.grad = model.main.embeddings.tokens.weight.grad, None
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model.passes = torch.compile(model.passes, dynamic=False, fullgraph=True, backend="aot_eager")
     compiled = all_kinds()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
