@@ -172,6 +172,11 @@ def rows(out, split=None):
     return [line for line in lines[1:] if split in (None, line["split"])]
 
 
+def untimed(out):
+    """The log but for the clock."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_sec", "mfu")} for row in rows(out)]
+
+
 def wait_for(condition, process, seconds=120):
     """True as soon as condition() holds, False if the process ends before."""
     end = time.time() + seconds
@@ -197,9 +202,7 @@ def differences(one, other, name="ckpt.pt"):
     for i, state in a["optimizer"]["state"].items():
         found += [f"{n} of {i}" for n in state if not torch.equal(state[n], b["optimizer"]["state"][i][n])]
     found += ["loss scale"] * (a["optimizer"]["scaler"] != b["optimizer"]["scaler"])
-    logs = [[{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_sec", "mfu")} for row in rows(out)]
-            for out in (one, other)]
-    return found + ["the log"] * (logs[0] != logs[1])
+    return found + ["the log"] * (untimed(one) != untimed(other))
 
 
 def leftovers(out):

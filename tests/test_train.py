@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import stress
 import torch
-from stress import ROOT, rows
+from stress import ROOT, rows, untimed
 
 import data
 import train
@@ -52,10 +52,6 @@ def run(arguments):
         sys.argv = before
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def untimed(out):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_sec", "mfu")} for row in rows(out)]
 
 
 def weights(out, name="ckpt.pt"):
