@@ -626,7 +626,8 @@ def test_all_of_glue_that_is_there(options, tmp_path, capsys):
 
 def test_two_processes_equal_one(options, tmp_path):
     write_glue(tmp_path / "data", "STS-B", 41)  # the last batch has one example: the second process has none
-    options = [*options, "--task=STS-B", "--dropout=0", "--epochs=3", "--batch_size=8", "--learning_rate=1e-3"]
+    options = [*options, "--task=STS-B", "--dropout=0", "--epochs=3", "--batch_size=8", "--learning_rate=1e-3",
+               "--dtype=float32"]
     run([*options, f"--out_dir={tmp_path}/one"])
     first, second = stress.start(*options, processes=2, program=FINETUNE)
     (said, err), _ = first.communicate(), second.communicate()

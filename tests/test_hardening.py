@@ -201,7 +201,7 @@ def test_the_number_of_threads_decides_the_last_bits(options, tmp_path):
 
 @pytest.mark.parametrize("micro, processes", [([], 2), (["--micro_batch_size=4"], 1)])
 def test_one_process_continues_with_another_split_of_the_batch(options, tmp_path, micro, processes):
-    plain = [*options, "--dropout=0.0"]
+    plain = [*options, "--dropout=0.0", "--dtype=float32"]
     assert run_here(*plain, f"--out_dir={tmp_path}/alone")[0] == 0
     with stress.killed_at(14):
         run_here(*plain, f"--out_dir={tmp_path}/out")

@@ -289,6 +289,7 @@ def test_start_from_a_run_with_a_frozen_auxiliary(options, tmp_path):
 
 
 def test_accumulation_equals_one_big_batch(options, tmp_path):
+    options = [*options, "--dtype=float32"]
     for micro in (8, 2):  # without negatives, which a smaller pass has fewer of
         run([*options, f"--out_dir={tmp_path}/{micro}", f"--micro_batch_size={micro}", "--contrastive=False"])
     assert_same_weights(weights(tmp_path / "8"), weights(tmp_path / "2"), tolerance=2e-6)
@@ -298,7 +299,7 @@ def test_accumulation_equals_one_big_batch(options, tmp_path):
 
 @pytest.mark.parametrize("processes, accumulation", [(2, 2), (4, 1)])
 def test_several_processes_equal_one(options, tmp_path, processes, accumulation):
-    micro = 8 // accumulation
+    micro, options = 8 // accumulation, [*options, "--dtype=float32"]
     run([*options, f"--out_dir={tmp_path}/one", f"--micro_batch_size={micro}"])
     started = stress.start(*options, f"--micro_batch_size={micro // processes}", processes=processes)
     statuses, said = stress.finish(started)
