@@ -1,18 +1,19 @@
 """From text to batches: documents -> pieces -> tokens -> data/NAME/ -> sequences with their masks and crops.
 
-    python data.py                                          the default corpus: documentation that is on this disk
-    python data.py PATH... --name=NAME --vocab_size=32768   any .txt, .jsonl, .txt.gz, .jsonl.gz, file or folder
+    python data.py                                        the default text: documentation on this disk
+    python data.py PATH... --name=NAME --vocab_size=...   .txt, .jsonl, .txt.gz, .jsonl.gz: files or folders
 
 What is written to data/NAME/:
 
-    train.bin, val.bin     token ids, raw uint16 (uint32 above 65,536 entries), documents separated by [SEP]
-    tokenizer.tiktoken     the byte-pair ranks in tiktoken's format; [PAD] [CLS] [SEP] [MASK] stand behind them
+    train.bin, val.bin     token ids, raw uint16 (uint32 above 65,536 entries); [SEP] ends a document
+    tokenizer.tiktoken     the byte-pair ranks in tiktoken's format; [PAD] [CLS] [SEP] [MASK] follow them
     meta.json              sizes, special ids, pattern, sources, versions, checksums
 """
 
+import argparse
 import ast
 import base64
-import difflib
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -22,51 +23,92 @@ import inspect
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
+import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import regex
 import tiktoken
 
-PIECE = 16_000          # characters: short documents stay whole, long ones are cut into pieces of this size
-ENCODE = 100_000        # characters that tiktoken gets at once: a million spaces in a row are too many for it
-SAMPLE = 100_000_000    # characters of text that the BPE is trained on at the most
-DOCS = {"name": "docs", "vocab_size": 8192, "val_fraction": 0.05}  # the default corpus: small, so more of it validates
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+FILES = {"train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"}
+PIECE = 16_000        # characters: shorter documents stay whole, longer ones are cut
+CHUNK = 500_000       # bytes of text that a process prepares at once
+SAMPLE = 100_000_000  # bytes of text on which the BPE is trained, about, if there are as many
+ENCODE = 100_000      # characters that tiktoken gets at once: a million spaces in a row are too many for it
 # Words for the BPE: contractions, letters with their marks, up to three digits, other signs, white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
-OPTIONS = {  # name: (default, what it may be, reason)
-    "name": ("", str, "the corpus is written to DATA_DIR/NAME"),
-    "data_dir": ("data", str, "folder of all prepared corpora"),
-    "vocab_size": (32768, (260, 2**24), "entries of the vocabulary, the four special tokens included"),
-    "lowercase": (True, bool, "lowercase every character, as the paper's base model does"),
-    "encoding": ("bpe", str, "bpe: train one on this text; or a tiktoken encoding such as gpt2; or a corpus' folder"),
-    "val_fraction": (0.01, (0.0, 0.5), "share of the text that goes to val.bin, chosen by content"),
-    "workers": (os.cpu_count(), (1, 4096), "processes; the result does not depend on it"),
-    "field": ("text", str, "the field of a .jsonl line that holds the text"),
-    "document_per_file": (False, bool, "a text file is one document; otherwise a blank line ends a document"),
-    "hub": ("", str, "name of a Hugging Face dataset to stream, or its local folder (needs: pip install datasets)"),
-    "hub_config": ("", str, "configuration of that dataset"),
-    "overwrite": (False, bool, "replace the corpus of that name if there is one"),
-}
-
-# --------------------------------------------------------------------------------------------------------------------
-# Options and errors, for all our commands
+# ------------------------------------------------------------------------------------------------------------
+# Options, errors and output of all three commands
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used: one sentence that says what, where, and what to do. Exit status 2."""
+    """Something the user gave cannot be used. One sentence: what, where, and what to do. Exit status 2."""
+
+
+def option_type(hint, may_be_empty):
+    """The function with which argparse reads an option of this annotated type.
+
+        Literal["bpe", "gpt2"]      one of these
+        Annotated[float, 0, 1]      a number from 0 to 1
+        bool, str                   True or False; a text, where ~ is the home folder
+    """
+    kind, *limits = get_args(hint) if get_origin(hint) is Annotated else [hint]
+    choices = ("True", "False") if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
+
+    def read(text):
+        if choices:
+            match = [choice for choice in choices if choice.lower() == text.lower()]
+            if match:
+                return match[0] == "True" if hint is bool else match[0]
+            wanted = f"one of {', '.join(choices)}"
+        elif kind is str:
+            if text or may_be_empty:
+                return os.path.expanduser(text)
+            wanted = "a text"
+        else:
+            with contextlib.suppress(ValueError):
+                if limits[0] <= kind(text) <= limits[1]:
+                    return kind(text)
+            wanted = f"a {'whole ' if kind is int else ''}number from {limits[0]} to {limits[1]}"
+        raise argparse.ArgumentTypeError(f"has to be {wanted}, not {text!r}")
+
+    return read
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with an option --name for each annotated constant: `name: type = value  # reason`."""
+
+    def __init__(self, usage, *owners, without=()):
+        """usage: a docstring; owners: the modules, classes and functions that hold the constants"""
+        super().__init__(usage=usage.replace("%", "%%"), allow_abbrev=False)
+        for owner in owners:
+            reasons = dict(re.findall(r"^ *(\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
+            values = getattr(owner, "__kwdefaults__", None) or vars(owner)
+            for name, hint in get_type_hints(owner, include_extras=True).items():
+                if name not in without:  # argparse reads a default that is text as it reads the command line
+                    default = None if values.get(name) is None else str(values[name])
+                    reason = reasons.get(name, "").replace("%", "%%")
+                    reason += " (default: %(default)s)" if default or name not in values else ""
+                    self.add_argument(f"--{name}", type=option_type(hint, default == ""), default=default,
+                                      metavar="VALUE", help=reason)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists all options).")
 
 
 def sentence(error):
@@ -76,105 +118,59 @@ def sentence(error):
     return str(error)
 
 
-def nearest(word, words):
-    """', did you mean "vocab_size"?' or nothing"""
-    match = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f', did you mean "{match[0]}"?' if match else f"; known are {', '.join(words)}."
+def run_command(main):
+    """Runs a command's main. An error that its user can mend is one sentence, without a traceback.
 
-
-def checked(name, value, allowed):
-    """The value, if it is what the option may be: bool, str, a list of choices, or a range of ints or of floats.
-
-    A string, as the command line gives it, is converted: checked("lr", "1e-3", (0.0, 1.0)) -> 0.001
+    Of several processes process 0 says what all would say: the others wait, and torchrun ends them meanwhile.
     """
-    if allowed is bool:
-        wanted = None if str(value) in ("True", "False", "true", "false") else "True or False"
-        value = value if wanted else str(value) in ("True", "true")
-    elif allowed is str:
-        wanted = None if isinstance(value, str) and "\0" not in value else "text"
-    elif isinstance(allowed, list):
-        match = [choice for choice in allowed if str(choice).lower() == str(value).lower()]
-        wanted = None if match else "one of " + ", ".join(map(str, allowed))
-        value = match[0] if match else value
-    else:
-        kind = type(allowed[0])
-        wanted = f"a {'whole ' if kind is int else ''}number from {allowed[0]} to {allowed[1]}"
-        try:
-            number = kind(value)
-            if isinstance(value, str) or (number == value and not isinstance(value, bool)):
-                value = number
-            if type(value) is kind and allowed[0] <= value <= allowed[1]:
-                wanted = None
-        except (TypeError, ValueError, OverflowError):
-            pass
-    if wanted:
-        raise InputError(f"--{name} has to be {wanted}, not {value!r}.")
-    return value
-
-
-def parse_options(argv, options, usage):
-    """The options given as --name=value, checked, and the other arguments. --help prints all of them and exits."""
-    given, others = {}, []
-    for argument in argv:
-        if argument in ("-h", "--help"):
-            print(usage.strip() + "\n\nOptions, with their defaults:\n")
-            for name, (default, _, reason) in options.items():
-                print(f"  --{name}={default}".ljust(36) + reason)
-            sys.exit(0)
-        if not argument.startswith("-"):
-            others.append(argument)
-            continue
-        name, equals, value = argument.lstrip("-").partition("=")
-        if name not in options:
-            raise InputError(f"there is no option --{repr(name)[1:-1]}{nearest(name, options)}")
-        if not equals:
-            raise InputError(f"write --{name}=VALUE, with an equals sign and no space.")
-        given[name] = checked(name, value, options[name][1])
-    return given, others
-
-
-def run_command(main, quiet=lambda: False):
-    """Runs a command's main; what the user can mend is one sentence on standard error and exit status 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up on its way out
+    rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         return main()
-    except (InputError, OSError) as error:
-        message = sentence(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    if quiet():
-        time.sleep(2)  # torchrun ends all processes when the first one ends: let the one that speaks be first
-    else:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    except (InputError, OSError) as error:
+        status, message = 2, sentence(error)
+    except RuntimeError as error:  # torch has no class of its own for these two
+        status, message = 1, str(error).strip().split("\n")[0]
+        if re.search("out of memory|allocate memory", message):
+            message = f"out of memory: choose a smaller batch or max_len ({message})."
+        elif several and re.search("gloo|nccl|connection|timed out", message, re.I):
+            message = f"another process has ended ({message[:100]} ...)."
+        else:
+            raise
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if rank > 0:
+        time.sleep(3)
+    print(f"{Path(sys.argv[0]).name}{f', process {rank}' * several}: {message}", file=sys.stderr, flush=True)
+    (os._exit if several else sys.exit)(status)  # an orderly exit would wait for processes that have ended
 
 
-def tell(*words, end="\n"):
-    """print, which the work outlives: after `python train.py | head -3`, or with standard output on a full disk, the
-    run goes on without a word; what counts is in its files."""
+def tell(*words, **how):
+    """print that never ends a run: after `python train.py | head -3` the log still has everything."""
     try:
-        print(*words, end=end, flush=True)
+        print(*words, flush=True, **how)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Progress:
-    """Says how far a long work is, how fast and how long still: a line, redrawn in a terminal, else every 10 s."""
+    """Says how far work is, its speed and the time left: redrawn in a terminal, else a line every 10 s."""
 
     def __init__(self, what, total, unit="MB", scale=1e6):
         self.what, self.total, self.unit, self.scale = what, total, unit, scale
-        self.start = self.last = time.time()
+        self.start = self.last = time.monotonic()
 
     def __call__(self, done):
-        now, terminal = time.time(), sys.stdout.isatty()
+        now, terminal = time.monotonic(), sys.stdout.isatty()
         if now - self.last < (0.5 if terminal else 10):
             return
         self.last = now
         speed = done / (now - self.start)
         left = f", {max(self.total - done, 0) / speed:.0f} s left" if self.total else ""
-        digits = 1 if self.scale > 1 else 0
-        line = (f"{self.what}: {done / self.scale:,.{digits}f} {self.unit}, {speed / self.scale:.2f} {self.unit}/s"
-                f"{left}")
+        done, speed = done / self.scale, speed / self.scale
+        line = f"{self.what}: {done:,.{int(self.scale > 1)}f} {self.unit}, {speed:.2f} {self.unit}/s{left}"
         tell("\r\033[K" + line if terminal else line, end="" if terminal else "\n")
 
     def end(self):
@@ -182,226 +178,206 @@ class Progress:
             tell("\r\033[K", end="")
 
 
-def start_worker(setup, arguments):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    if setup:
-        setup(*arguments)
-
-
-def in_parallel(function, items, workers, setup=None, arguments=()):
-    """function(item) for each item, in order, by processes; at most a few items are under way, so memory is bounded."""
+def in_parallel(function, items, workers):
+    """function(item) for each item, in order, by processes. Few items are under way, so memory is bounded."""
     if workers == 1:
-        if setup:
-            setup(*arguments)
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (setup, arguments)) as pool:
-        pending = deque()
+    pool, pending = ProcessPoolExecutor(workers, get_context("spawn")), deque()
+    main_thread = threading.current_thread() is threading.main_thread()
+    try:
+        if main_thread:  # Ctrl-C reaches all processes: workers start with it ignored, this one ends them
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for _ in range(workers):
+            pool.submit(int)  # starts a worker
+        if main_thread:
+            signal.signal(signal.SIGINT, handler)
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Sources. Each gives lines of text, and None where a document ends.
-
-
-def docs_files():
-    """Python's own, numpy's and torch's source files: what the default corpus is read from."""
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    roots += [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
-    skip = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3"}
-    return [str(f) for root in roots for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
-
-
-def docstrings(path):
-    """The documentation in a Python file, read without running it: docstrings, add_docstr calls, pydoc's topics."""
-    try:
-        tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError, OSError):  # a template, say
-        return []
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            found.append(ast.get_docstring(node) or "")
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("add_docstr", "add_newdoc"):
-            found += [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)]
-        elif isinstance(node, ast.Dict) and path.endswith("topics.py"):
-            found += [v.value for v in node.values if isinstance(v, ast.Constant)]
-    return [inspect.cleandoc(text) for text in found if isinstance(text, str)]
-
+# ------------------------------------------------------------------------------------------------------------
+# The default text
 
 CODE = re.compile(r"\s*(>>>|\.\.\.|\.\. |[-=~^*#]{3,}|:\w+|@|\||\+-|(Args|Returns?|Raises|Yields)\b:?)")
 PARAMETER = re.compile(r"\w[\w, *]* ?(\([^)]*\))? ?(:|--) ")
 MARKUP = re.compile(r":[\w:]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`|``?([^`]*)``?")
 
 
+def docs_files():
+    """Python's own, numpy's and torch's source files: the default text is their documentation."""
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    roots += [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
+    skip = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3"}
+    files = [(root, file) for root in roots for file in sorted(root.rglob("*.py"))]
+    return [str(file) for root, file in files if not skip & set(file.relative_to(root).parts)]
+
+
+def docs_paragraphs(path):
+    """The English paragraphs of a Python file: of its docstrings, add_docstr calls and pydoc's topics."""
+    try:
+        tree = ast.parse(Path(path).read_bytes())
+    except (SyntaxError, ValueError, OSError):  # a template, say
+        return []
+    texts = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            texts.append(ast.get_docstring(node))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("add_docstr", "add_newdoc"):
+            texts += [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)]
+        elif isinstance(node, ast.Dict) and path.endswith("topics.py"):
+            texts += [v.value for v in node.values if isinstance(v, ast.Constant)]
+    return [line for text in texts if isinstance(text, str) for line in prose(inspect.cleandoc(text))]
+
+
 def prose(text):
-    """The paragraphs of a docstring that read as English: sentences, not code, tables or lists of parameters."""
+    """The paragraphs that are sentences, a line each: no code, tables or lists of parameters."""
     for paragraph in re.split(r"\n\s*\n", text):
-        lines = paragraph.splitlines()
         line = MARKUP.sub(r"\1\2", " ".join(paragraph.split()))
         words = line.split()
         plain = sum(word.strip(".,;:!?()\"'").isalpha() for word in words)
         if (len(words) >= 8 and plain >= 0.75 * len(words) and re.search(r"[.!?]\W*$", line)
-                and not PARAMETER.match(line) and not any(CODE.match(line) for line in lines)):
+                and not PARAMETER.match(line) and not any(map(CODE.match, paragraph.splitlines()))):
             yield line + "\n"
 
 
-def docs_paragraphs(path):
-    return [paragraph for text in docstrings(path) for paragraph in prose(text)]
-
-
 def read_docs(workers):
-    """The default corpus: a document per source file, every paragraph only once, so that none is in both splits."""
-    seen, progress, files = set(), Progress("reading documentation", None, "files", 1), docs_files()
-    for number, paragraphs in enumerate(in_parallel(docs_paragraphs, files, workers)):
+    """The default text: a document per source file. Each paragraph occurs once, so none is in both splits."""
+    seen, progress = set(), Progress("reading documentation", None, "files", 1)
+    for number, paragraphs in enumerate(in_parallel(docs_paragraphs, docs_files(), workers)):
         progress(number)
         yield from (p for p in paragraphs if p not in seen and not seen.add(p))
         yield None
     progress.end()
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The user's text: files -> lines, with None where a document ends -> pieces
+
+
 def find_files(paths):
-    """All text files that the paths name, folders searched recursively."""
-    endings = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-    files = []
-    if "" in map(str, paths):
-        raise InputError("an empty PATH was given: name a file or a folder.")
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path} does not exist.")
-        found = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        found = [f for f in found if f.name.endswith(endings)]
+    """The text files that the paths name, folders searched, and a Counter of what was skipped in them."""
+    endings, files, skipped = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), [], Counter()
+    for path in map(str, paths):
+        root, found = Path(path).expanduser(), []
+        if not path or not root.exists():
+            raise InputError(f"{path or 'an empty PATH'} does not exist.")
+        walk = os.walk(root, onerror=lambda error: skipped.update(["unreadable folder"]))
+        for folder, folders, names in walk if root.is_dir() else [(root.parent, [], [root.name])]:
+            skipped["linked folder"] += sum(Path(folder, name).is_symlink() for name in folders)
+            for file in (Path(folder, name) for name in names):
+                if file.is_file() and file.name.lower().endswith(endings):
+                    found.append(file)
+                else:
+                    skipped[file.suffix.lower() or "no ending" if file.exists() else "dangling link"] += 1
         if not found:
             raise InputError(f"{path} holds no text: files that end in {', '.join(endings)} are read.")
-        files += found
-    return files
+        files += sorted(found)
+    return files, +skipped
 
 
-def read_file(path, field, document_per_file):
-    """Lines of a file; a line that is not UTF-8, not JSON or without the field is refused with its number."""
-    json_lines = path.name.endswith((".jsonl", ".jsonl.gz"))
+def read_file(path, field="text", document_per_file=False):
+    """Lines of a file, and None where a document ends. A line that cannot be read is refused."""
+    name = path.name.lower()
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
             for number, raw in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{where}: byte {error.start + 1} is not UTF-8; convert the file first.") from None
-                if json_lines and line.strip():
-                    try:
-                        text = json.loads(line)[field]
-                    except (ValueError, RecursionError) as error:
-                        raise InputError(f"{where}: not JSON ({error}).") from None
-                    except (KeyError, TypeError, IndexError):
-                        raise InputError(f'{where}: no field "{field}"; name the right one by --field=.') from None
-                    if not isinstance(text, str):
-                        raise InputError(f'{where}: the field "{field}" is not text.')
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+                if ".jsonl" not in name:
+                    yield line if line.strip() or document_per_file else None
+                elif line.strip():  # JSON alone can spell half a character: "\ud83d"
+                    text = re.sub("[\ud800-\udfff]", "\ufffd", json.loads(line)[field])
                     yield from text.splitlines(keepends=True)
                     yield None
-                elif not json_lines:
-                    yield line if line.strip() or document_per_file else None
-    except (EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:
+        yield None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8; convert it.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}: not JSON ({error}).") from None
+    except (KeyError, TypeError):
+        raise InputError(f'{path}, line {number}: no text in "{field}"; name the right --field.') from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({error}).") from None
-    yield None
-
-
-def read_hub(name, config, field):
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("--hub needs an optional package: pip install datasets") from None
-    try:
-        rows = iter(datasets.load_dataset(name, config or None, split="train", streaming=True))
-        for row in rows:
-            if not isinstance(row.get(field), str):
-                raise InputError(f'{name} has no text "{field}" among {", ".join(row)}: choose one with --field=.')
-            yield from row[field].splitlines(keepends=True)
-            yield None
-    except InputError:
-        raise
-    except Exception as error:  # not found, no network, a broken file, ...: the hub's own words say it best
-        raise InputError(f"--hub={name} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def pieces(lines):
-    """Cuts a stream of lines (None ends a document) into (starts a document?, text) of about PIECE characters.
+    r"""Cuts documents into (starts a document?, text) of at most PIECE characters. If that were 12:
 
-    Long documents are cut at paragraph ends, paragraphs that are longer still at a space. Joined, the pieces of a
-    document are the document, without white space around it.
+        "one two\n", "six\n", "seven eight nine\n", None, "ten\n", None
+        -> (True, "one two\nsix\n"), (False, "seven eight"), (False, " nine"), (True, "ten")
+
+    A piece takes as many lines as fit; a line that is longer than a piece is cut before a space. Joined, the
+    pieces of a document are the document, without the white space around it.
     """
+    cut = rf"(?s).{{1,{PIECE}}}(?![^ ])|.{{{PIECE}}}"  # up to a space or the end, or anywhere
+    new, held, size = True, [], 0  # the lines of the next piece, and how many characters they have
+    for line in lines:
+        for part in re.findall(cut, line) if line else [None]:
+            if part is None or size + len(part) > PIECE:
+                text = "".join(held)
+                text = text.lstrip() if new else text
+                text = text.rstrip() if part is None else text
+                if text:
+                    yield new, text
+                new, held, size = part is None or new and not text, [], 0
+            if part is not None:
+                held.append(part)
+                size += len(part)
 
-    def parts(line):
-        start = 0
-        while line and len(line) - start > PIECE:
-            space = line.rfind(" ", start + 1, start + PIECE)
-            end = space if space > 0 else start + PIECE
-            yield line[start:end]
-            start = end
-        yield line[start:] if line else line
 
-    new, space, held, size = True, "", [], 0  # held: the lines since the last cut; space: what stood behind the cut
-    for part in (part for line in lines for part in parts(line)):
-        while held and (part is None or size + len(part) > PIECE):
-            blank = [i for i, line in enumerate(held) if not line.strip()]  # if there are, they end the paragraphs
-            cut = len(held) if part is None or not blank else blank[-1] + 1
-            text = space + "".join(held[:cut])
-            space, held = text[len(text.rstrip()) :], held[cut:]
-            size = sum(map(len, held))
-            text = text.strip() if new else text.rstrip()
-            if text:
-                yield new, text
-                new = False
-        if part is None:
-            new, space = True, ""
-        else:
-            held.append(part)
-            size += len(part)
+def chunks(lines, lowercase, what, total):
+    """Lists of pieces, of about CHUNK bytes: the work that a process gets at once. Shows progress."""
+    chunk, size, done, progress = [], 0, 0, Progress(what, total)
+    for new, text in pieces(lines):
+        chunk.append((new, lower(text) if lowercase else text))
+        size += len(text.encode())
+        if size > CHUNK:
+            yield chunk
+            chunk, size, done = [], 0, done + size
+            progress(done)
+    yield chunk
+    progress.end()
 
 
 def fingerprint(text):
     """64 bits that depend on the text alone: they decide its split, and whether the BPE is trained on it."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
-@functools.cache
-def lower_table():
-    return {i: low for i in range(sys.maxunicode + 1) if len(low := chr(i).lower()) == 1 and low != chr(i)}
-
-
 def lower(text):
-    """Lowercase character by character, so that character i of the result is character i of the text."""
-    return text.lower() if text.isascii() else text.translate(lower_table())
+    """Lowercase, so that character i of the result is character i of the text.
+
+    str.lower alone makes two characters of İ, and one of two forms of Σ, by its neighbours.
+    """
+    return "İ".join(part.lower() for part in text.replace("Σ", "σ").split("İ"))
 
 
-def count_words(texts, lowercase):
-    """How often each word of PATTERN occurs, as a list of (word, count)"""
-    words, find = Counter(), regex.compile(PATTERN).findall
-    for text in texts:
-        words.update(find(lower(text) if lowercase else text))
-    return list(words.items())
+def count_words(chunk, share=1.0):
+    """How often each word of PATTERN occurs in a share of the pieces; those are the last to be in val.bin."""
+    chosen = (text for _, text in chunk if fingerprint(text) >= (1 - share) * 2**64)
+    return Counter(word for text in chosen for word in regex.findall(PATTERN, text))
 
 
 def train_bpe(words, size, progress=lambda done: None):
     """Byte-pair encoding: {token: rank} with `size` entries, the 256 bytes first, from a Counter of words.
 
-        words {"low": 5, "lower": 2}:  most frequent pair l+o -> "lo" (7), then lo+w -> "low" (7), then low+e (2) ...
+        {"low": 5, "lower": 2}: the most frequent pair is l+o (7 times), then lo+w (7), then low+e (2) ...
 
-    Again and again the most frequent pair of neighbours becomes one token (of equally frequent ones, the pair of the
-    older tokens). Pair counts are kept up to date, so a step touches only the words that hold the pair.
+    Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. Pair
+    counts are kept up to date, so a step touches only the words that hold the pair.
     """
-    ranks = {bytes([b]): b for b in range(256)}
-    tokens = list(ranks)
-    spelled = [(list(word.encode("utf-8", "surrogatepass")), count) for word, count in words.items()]
+    tokens = [bytes([b]) for b in range(256)]
+    spelled = [(list(word.encode()), count) for word, count in words.items()]
     counts, where = Counter(), defaultdict(list)
     for index, (ids, count) in enumerate(spelled):
         for pair in zip(ids, ids[1:]):
@@ -409,9 +385,9 @@ def train_bpe(words, size, progress=lambda done: None):
             where[pair].append(index)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
-    while len(ranks) < size:
+    while len(tokens) < size:
         if not heap:
-            raise InputError(f"too little text: it gives only {len(ranks)} byte pairs, not {size}; "
+            raise InputError(f"too little text: it gives only {len(tokens)} byte pairs, not {size}; "
                              f"choose a smaller --vocab_size or more text.")
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:  # an old entry: the pair has become rarer since
@@ -420,19 +396,16 @@ def train_bpe(words, size, progress=lambda done: None):
             continue
         new, changed = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        ranks[tokens[new]] = new
         progress(new)
         for index in dict.fromkeys(where.pop(pair)):
             ids, count = spelled[index]
-            merged, i = [], 0
-            while i < len(ids):
-                if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
-                    merged.append(new)
-                    i += 2
+            merged = []
+            for token in ids:
+                if token == pair[1] and merged and merged[-1] == pair[0]:
+                    merged[-1] = new
                 else:
-                    merged.append(ids[i])
-                    i += 1
-            if len(merged) == len(ids):
+                    merged.append(token)
+            if len(merged) == len(ids):  # another merge has taken the pair apart
                 continue
             for old in zip(ids, ids[1:]):
                 counts[old] -= count
@@ -444,15 +417,15 @@ def train_bpe(words, size, progress=lambda done: None):
             spelled[index] = merged, count
         for fresh in changed:
             heapq.heappush(heap, (-counts[fresh], fresh))
-    return ranks
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 class Tokenizer:
-    """A tiktoken encoding with [PAD] [CLS] [SEP] [MASK] behind its ranks.
+    """A tiktoken encoding whose ranks are followed by [PAD] [CLS] [SEP] [MASK].
 
     >>> tokenizer = Tokenizer.load("data/docs")
-    >>> ids = tokenizer.encode("The cat [MASK]")       # plain text: what spells [MASK] is text
-    >>> tokenizer.decode(ids), tokenizer.pieces(ids)   # "the cat [mask]" (lowercased), ["the", " cat", " [", ...]
+    >>> ids = tokenizer.encode("The cat [MASK]")       # what spells [MASK] is ordinary text
+    >>> tokenizer.decode(ids), tokenizer.pieces(ids)   # "the cat [mask]", ["the", " cat", " [", ...]
     """
 
     def __init__(self, ranks, pattern, lowercase):
@@ -467,17 +440,10 @@ class Tokenizer:
                                           special_tokens=self.special_ids)
 
     def encode(self, text):
-        """Ids of a text, no special ones among them. Any str can be encoded and decoded again, broken ones too."""
-        if self.lowercase:
-            text = lower(text)
-        ids = []
-        for part in re.split("([\ud800-\udfff])", text):  # half characters, which UTF-8 has no place for
-            if "\ud800" <= part <= "\udfff" and len(part) == 1:
-                ids += [self.ranks[bytes([b])] for b in part.encode("utf-8", "surrogatepass")]
-                continue
-            for start in range(0, len(part), ENCODE):
-                ids += self.encoding.encode_ordinary(part[start : start + ENCODE])
-        return ids
+        """Ids of a text, no special ones among them. Half a character becomes U+FFFD, as tiktoken has it."""
+        text = lower(text) if self.lowercase else text
+        parts = (text[start : start + ENCODE] for start in range(0, len(text), ENCODE))
+        return [i for part in parts for i in self.encoding.encode_ordinary(part)]
 
     def encode_pair(self, a, b=None, max_len=512):
         """[CLS] A [SEP] [SEP] B [SEP], or [CLS] A [SEP]; if too long, the longer one is cut first. [model]"""
@@ -490,15 +456,9 @@ class Tokenizer:
         keep_b = min(len(b), max(room // 2, room - len(a)))
         return [self.cls_id, *a[: room - keep_b], self.sep_id, self.sep_id, *b[:keep_b], self.sep_id]
 
-    def bytes_of(self, ids):
-        return b"".join(self.token_bytes.get(int(i), b"") for i in ids)  # some encodings leave ids out
-
     def decode(self, ids):
-        """The text. Bytes that are no UTF-8, as of half a character, become U+FFFD."""
-        try:
-            return self.bytes_of(ids).decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return self.bytes_of(ids).decode("utf-8", "replace")
+        """The text. Bytes that are not UTF-8 become U+FFFD; ids that the encoding leaves out are ignored."""
+        return b"".join(self.token_bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
 
     def pieces(self, ids):
         """The text of each token."""
@@ -511,7 +471,7 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state, path="this"):
-        """The tokenizer with this state; path: where it comes from, for the message if it is damaged."""
+        """The tokenizer with this state. path: where it comes from, for the message if it is damaged."""
         try:
             ranks = {}
             for line in state["ranks"].splitlines():
@@ -526,241 +486,210 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         """The tokenizer of a prepared corpus."""
-        meta, ranks = read_meta(folder), Path(folder, "tokenizer.tiktoken").read_bytes()
-        if hashlib.sha256(ranks).hexdigest() != meta["sha256"].get("tokenizer"):
-            raise InputError(f"{folder}/tokenizer.tiktoken is not as meta.json says; prepare the corpus again.")
-        tokenizer = cls.from_state({"ranks": ranks.decode(errors="replace"), **meta}, folder)
+        meta, path = read_meta(folder), Path(folder, "tokenizer.tiktoken")
+        if checksum(path) != meta["sha256"]["tokenizer"]:
+            raise InputError(f"{path} is not as meta.json says; prepare the corpus again.")
+        tokenizer = cls.from_state({"ranks": path.read_text(), **meta}, folder)
         if tokenizer.special_ids != meta["special_ids"] or tokenizer.vocab_size != meta["vocab_size"]:
-            raise InputError(f"{folder}/meta.json has other special_ids than its tokenizer; prepare the corpus again.")
+            raise InputError(f"{folder}/meta.json is not about its tokenizer; prepare the corpus again.")
         return tokenizer
 
 
-def read_meta(folder):
-    """What write_tokens and prepare said of a corpus."""
-    try:
-        meta = json.loads(Path(folder, "meta.json").read_text())
-        numbers = [meta["vocab_size"], *(meta["tokens"][split] for split in ("train", "val")),
-                   *(meta["special_ids"][name] for name in SPECIALS)]
-        kinds = {"lowercase": bool, "pattern": str, "sha256": dict}
-        if all(type(n) is int and 0 <= n < 2**48 for n in numbers) and all(
-                isinstance(meta[name], kind) for name, kind in kinds.items()) and all(
-                isinstance(meta["sha256"][split], str) for split in ("train", "val")):
-            return meta
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no prepared corpus: it has no meta.json; make it with python data.py.") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise InputError(f"{folder}/meta.json is damaged; prepare the corpus again.")
-
-
-def choose_tokenizer(options, stream, given):
-    """The tokenizer that --encoding names: trained on the text, a corpus' own, or one of tiktoken's."""
-    encoding, vocab_size, lowercase, workers = (options[n] for n in ("encoding", "vocab_size", "lowercase", "workers"))
-    if encoding == "bpe":
-        sample, size, level = [], 0, 0  # a piece is in the sample if its fingerprint ends in `level` zero bits
-        progress = Progress("reading", None)
-        seen = 0
-        for _, text in pieces(stream()):
-            seen += len(text)
-            progress(seen)
-            mark = fingerprint(text)
-            if mark % 2**level == 0:
-                sample.append((mark, text))
-                size += len(text)
-            while size > SAMPLE:
-                level += 1
-                sample = [(mark, text) for mark, text in sample if mark % 2**level == 0]
-                size = sum(len(text) for _, text in sample)
-        progress.end()
-        if not sample:
-            raise InputError(f"there is no text in {options['sources']}.")
-        texts = [[text for _, text in sample[i : i + 64]] for i in range(0, len(sample), 64)]
-        del sample
-        words, progress, done = Counter(), Progress("counting words", size), 0
-        count = functools.partial(count_words, lowercase=lowercase)
-        for batch, counts in zip(texts, in_parallel(count, texts, workers)):
-            words.update(dict(counts))
-            done += sum(map(len, batch))
-            progress(done)
-        progress.end()
-        progress = Progress("training the BPE", vocab_size, "tokens", 1)
-        ranks = train_bpe(words, vocab_size - len(SPECIALS), progress)
-        progress.end()
-        return Tokenizer(ranks, PATTERN, lowercase)
-    if os.path.isdir(encoding):
-        tokenizer = Tokenizer.load(encoding)
-        lowercase = given.get("lowercase", tokenizer.lowercase)
-    elif encoding in tiktoken.list_encoding_names():
-        try:
-            base = tiktoken.get_encoding(encoding)
-        except Exception as error:  # its ranks are downloaded when they are first used
-            raise InputError(f"--encoding={encoding}: tiktoken cannot fetch it ({type(error).__name__}); "
-                             f"is there a network?") from None
-        tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase)
-    else:
-        names = ["bpe", *tiktoken.list_encoding_names()]
-        raise InputError(f"--encoding={encoding} is neither a folder nor an encoding{nearest(encoding, names)}")
-    if lowercase != tokenizer.lowercase or given.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
-        raise InputError(f"--encoding={encoding} has vocab_size={tokenizer.vocab_size} and "
-                         f"lowercase={tokenizer.lowercase}, which --vocab_size and --lowercase cannot change.")
-    return tokenizer
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Preparing a corpus
-
-
-def set_tokenizer(state):
-    global TOKENIZER  # of a worker process
-    TOKENIZER = Tokenizer.from_state(state)
-
-
-def encode_batch(batch, val_fraction):
-    """[(new document?, text)] -> [(new document?, split, ids as bytes, bytes of text)]"""
-    dtype = token_dtype(TOKENIZER.vocab_size)
-    return [(new, "val" if fingerprint(text) < val_fraction * 2**64 else "train",
-             np.array(TOKENIZER.encode(text), dtype).tobytes(), len(text.encode("utf-8", "surrogatepass")))
-            for new, text in batch]
+# ------------------------------------------------------------------------------------------------------------
+# A prepared corpus
 
 
 def token_dtype(vocab_size):
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
 
 
-def prepare(paths=(), **given):
-    """Prepares a corpus as the command line does; the options are OPTIONS. Returns its folder."""
-    if unknown := set(given) - set(OPTIONS):
-        raise InputError(f"there is no option {min(unknown)}{nearest(min(unknown), OPTIONS)}")
-    given = {name: checked(name, value, OPTIONS[name][1]) for name, value in given.items()}
-    options = {name: default for name, (default, _, _) in OPTIONS.items()}
-    options |= ({} if paths or given.get("hub") else DOCS) | given
-    name, workers, start = options["name"], options["workers"], time.time()
-    folder = Path(options["data_dir"], name)
+def checksum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_meta(folder):
+    """meta.json of a prepared corpus."""
+    try:
+        meta = json.loads(Path(folder, "meta.json").read_bytes())
+        numbers = [meta["vocab_size"], *(meta["tokens"][split] for split in ("train", "val")),
+                   *(meta["special_ids"][name] for name in SPECIALS)]
+        texts = [meta["pattern"], *(meta["sha256"][file] for file in ("train", "val", "tokenizer"))]
+        if (all(type(n) is int and 0 <= n < 2**48 for n in numbers) and all(type(t) is str for t in texts)
+                and type(meta["lowercase"]) is bool):
+            return meta
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no prepared corpus: it has no meta.json.") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise InputError(f"{folder}/meta.json is damaged; prepare the corpus again.")
+
+
+@functools.lru_cache(maxsize=1)
+def cached_tokenizer(ranks, pattern, lowercase):
+    return Tokenizer.from_state({"ranks": ranks, "pattern": pattern, "lowercase": lowercase})
+
+
+def encode_chunk(chunk, state, val_fraction):
+    """[(starts a document?, text)] -> [(starts a document?, split, ids as bytes, bytes of text)]"""
+    tokenizer, val_limit = cached_tokenizer(**state), val_fraction * 2**64
+    dtype = token_dtype(tokenizer.vocab_size)
+    return [(new, "val" if fingerprint(text) < val_limit else "train",
+             np.array(tokenizer.encode(text), dtype).tobytes(), len(text.encode())) for new, text in chunk]
+
+
+def make_tokenizer(encoding, vocab_size, lowercase, stream, total, workers):
+    """A BPE trained on the text, the tokenizer of another corpus, or one of tiktoken's. None: not given."""
+    if encoding == "bpe":
+        lowercase, words = lowercase is not False, Counter()
+        count = functools.partial(count_words, share=min(1, SAMPLE / total))
+        for counts in in_parallel(count, chunks(stream(), lowercase, "counting words", total), workers):
+            words.update(counts)
+        progress = Progress("training the BPE", vocab_size, "tokens", 1)
+        ranks = train_bpe(words, vocab_size - len(SPECIALS), progress)
+        progress.end()
+        return Tokenizer(ranks, PATTERN, lowercase)
+    if os.path.isdir(encoding):
+        tokenizer = Tokenizer.load(encoding)
+    else:
+        try:
+            base = tiktoken.get_encoding(encoding)
+        except Exception as error:  # an unknown name, or ranks that cannot be downloaded
+            raise InputError(f"--encoding={encoding} is no folder, and tiktoken cannot fetch it "
+                             f"({' '.join(str(error).split())[:200]}).") from None
+        tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase is not False)
+    if vocab_size not in (None, tokenizer.vocab_size) or lowercase not in (None, tokenizer.lowercase):
+        raise InputError(f"--encoding={encoding} has vocab_size={tokenizer.vocab_size} and "
+                         f"lowercase={tokenizer.lowercase}; --vocab_size and --lowercase cannot change that.")
+    return tokenizer
+
+
+def stamp(folder):
+    """What is in a folder, and since when: {file name: time}. None if there is no such folder."""
+    if not os.path.lexists(folder):
+        return None
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    return {file.name: file.lstat().st_mtime_ns for file in folder.iterdir()} if is_folder else {}
+
+
+def prepare(
+    paths=(), *,
+    name: str = "",                                     # the corpus is data_dir/name; without PATH: docs
+    data_dir: str = "data",                             # folder of all prepared corpora
+    vocab_size: Annotated[int, 260, 2**24] = None,      # entries of the vocabulary: 32768; without PATH: 8192
+    lowercase: bool = None,                             # lowercase all text: True, as the paper's base
+    encoding: str = "bpe",                              # bpe: train one; or gpt2, ...; or a corpus' folder
+    val_fraction: Annotated[float, 0, 0.5] = None,      # share of val.bin: 0.01; without PATH: 0.05
+    workers: Annotated[int, 1, 4096] = os.cpu_count(),  # processes; the result does not depend on it
+    field: str = "text",                                # the field of a .jsonl line that holds the text
+    document_per_file: bool = False,                    # a .txt is one document; else a blank line ends one
+    overwrite: bool = False,                            # replace the corpus of that name if there is one
+):
+    """Prepares a corpus and returns its folder. Without paths its text is the documentation on this disk.
+
+    The fingerprint of a text, as it is tokenised, decides its split: equal texts are in one split, and texts
+    that differ in case alone as well if all is lowercased. A document above PIECE characters is cut, and its
+    pieces are spread over both splits. The BPE is trained on the text of both.
+    """
+    start, name = time.monotonic(), name or ("" if paths else "docs")
+    vocab_size = vocab_size or ((32768 if paths else 8192) if encoding == "bpe" else None)
+    val_fraction = (0.01 if paths else 0.05) if val_fraction is None else val_fraction
+    folder = Path(data_dir, name)
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise InputError(f"--name={name!r} has to be a plain name for the corpus: letters, digits, _ . + -")
-    if folder.exists() and not options["overwrite"]:
+    old = stamp(folder)
+    ours = old and "meta.json" in old and old.keys() <= FILES and read_meta(folder)
+    if old is not None and not ours:
+        raise InputError(f"{folder} exists and is not a corpus, or not only that; choose another --name.")
+    if old and not overwrite:
         raise InputError(f"{folder} exists; choose another --name, or say --overwrite=True.")
-
-    if paths and options["hub"]:
-        raise InputError("give either PATHs or --hub, not both.")
-    if options["hub"]:
-        sources, total = [f"hub:{options['hub']}"], None
-        stream = functools.partial(read_hub, options["hub"], options["hub_config"], options["field"])
-    elif paths:
-        files = find_files(paths)
-        sources, total = [str(f) for f in files], sum(f.stat().st_size * (3 if f.suffix == ".gz" else 1) for f in files)
-
-        def stream():
-            return itertools.chain.from_iterable(
-                read_file(f, options["field"], options["document_per_file"]) for f in files)
-    else:
-        lines = list(read_docs(workers))
-        sources, total = ["documentation of Python, numpy and torch"], sum(len(line or "") for line in lines)
-        stream = functools.partial(iter, lines)
-
-    options["sources"] = ", ".join(sources[:5]) + " ..." * (len(sources) > 5)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))  # renamed when complete
-    aside = partial.with_name(partial.name + ".old")
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    aside = Path(f"{partial}.old")
     try:
-        tokenizer = choose_tokenizer(options, stream, given)
-        meta = write_tokens(partial, tokenizer, stream, options["val_fraction"], workers, total)
-        if not meta["documents"]:
-            raise InputError(f"there is no text in {options['sources']}.")
-        seconds = time.time() - start
-        versions = {"python": sys.version.split()[0], "numpy": np.__version__, "tiktoken": tiktoken.__version__}
-        meta |= {"sources": sources, "encoding": options["encoding"], "versions": versions}
-        ranks = tokenizer.state()["ranks"].encode()
-        meta["sha256"]["tokenizer"] = hashlib.sha256(ranks).hexdigest()
-        (partial / "tokenizer.tiktoken").write_bytes(ranks)
+        if paths:
+            files, skipped = find_files(paths)
+            sources, total = [str(f) for f in files], sum(f.stat().st_size for f in files)
+            total += 2 * sum(f.stat().st_size for f in files if f.suffix.lower() == ".gz")  # a guess
+
+            def stream():
+                return itertools.chain.from_iterable(read_file(f, field, document_per_file) for f in files)
+        else:
+            sources, skipped = ["documentation of Python, numpy and torch"], Counter()
+            lines = list(read_docs(workers))
+            stream, total = functools.partial(iter, lines), sum(len(line or "") for line in lines)
+        if not next(pieces(stream()), None):
+            raise InputError(f"there is no text in {', '.join(sources[:5])}.")
+
+        tokenizer = make_tokenizer(encoding, vocab_size, lowercase, stream, total, workers)
+        encode = functools.partial(encode_chunk, state=tokenizer.state(), val_fraction=val_fraction)
+        work = chunks(stream(), tokenizer.lowercase, "tokenising", total)
+        dtype, documents, text_bytes, before = token_dtype(tokenizer.vocab_size), 0, 0, None
+        separator = np.array([tokenizer.sep_id], dtype).tobytes()
+        with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val:
+            files = {"train": train, "val": val}
+            for new, split, ids, size in itertools.chain.from_iterable(in_parallel(encode, work, workers)):
+                if before and (new or split != before):  # a document ends, or continues in the other split
+                    files[before].write(separator)
+                files[split].write(ids)
+                documents, text_bytes, before = documents + new, text_bytes + size, split
+            files[before].write(separator)
+        (partial / "tokenizer.tiktoken").write_text(tokenizer.state()["ranks"])
+
+        tokens = {s: (partial / f"{s}.bin").stat().st_size // dtype.itemsize for s in ("train", "val")}
+        meta = {"vocab_size": tokenizer.vocab_size, "lowercase": tokenizer.lowercase,
+                "special_ids": tokenizer.special_ids, "pattern": tokenizer.pattern, "encoding": encoding,
+                "tokens": tokens, "dtype": dtype.name, "documents": documents, "bytes": text_bytes,
+                "sources": sources, "val_fraction": val_fraction,
+                "sha256": {file.stem: checksum(file) for file in partial.iterdir()},
+                "versions": {"python": platform.python_version(), "numpy": np.__version__,
+                             "tiktoken": tiktoken.__version__}}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         partial.chmod(0o755)
-        if options["overwrite"] and folder.exists():
+        if stamp(folder) != old:
+            raise InputError(f"{folder} was written by another command meanwhile; it stays as it is.")
+        if old:
             os.rename(folder, aside)
         os.rename(partial, folder)
     finally:
-        if aside.exists() and not folder.exists():  # interrupted between the two
+        if aside.exists() and not folder.exists():  # stopped between the two renames
             os.rename(aside, folder)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
 
-    tokens, text_bytes = sum(meta["tokens"].values()), meta["bytes"]
-    first = np.fromfile(folder / "train.bin", token_dtype(tokenizer.vocab_size), 30)
-    tell(f"prepared {folder}: {meta['documents']:,} documents, {text_bytes / 1e6:.1f} MB, {tokens:,} tokens "
-         f"({meta['tokens']['train']:,} train, {meta['tokens']['val']:,} val)\n"
-         f"  {text_bytes / max(tokens, 1):.2f} bytes per token, vocabulary {tokenizer.vocab_size:,}, {seconds:.1f} s\n"
-         f"  it begins: {'|'.join(tokenizer.pieces(first))!r}")
+    left_out = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common(6)) or "nothing"
+    first = np.fromfile(folder / "train.bin", dtype, 15)
+    tell(f"prepared {folder}: {documents:,} documents, {text_bytes / 1e6:.1f} MB, "
+         f"{time.monotonic() - start:.1f} s\n"
+         f"  {sum(tokens.values()):,} tokens ({tokens['train']:,} train, {tokens['val']:,} val), "
+         f"{text_bytes / sum(tokens.values()):.2f} bytes per token\n"
+         f"  vocabulary of {tokenizer.vocab_size:,}; files read: {len(sources)}; skipped: {left_out}\n"
+         f"  it begins: {'|'.join(tokenizer.pieces(first))[:80]!r}")
     return folder
 
 
-def write_tokens(folder, tokenizer, stream, val_fraction, workers, total):
-    """train.bin and val.bin, written as the text comes; returns what meta.json says about them."""
-    tokens, documents, done, previous = {"train": 0, "val": 0}, 0, 0, None
-    dtype = token_dtype(tokenizer.vocab_size)
-    separator = np.array([tokenizer.sep_id], dtype).tobytes()
-    sums = {split: hashlib.sha256() for split in tokens}
-    progress = Progress("tokenising", total)
-    source = pieces(stream())
-    batches = iter(lambda: list(itertools.islice(source, 32)), [])
-    encode = functools.partial(encode_batch, val_fraction=val_fraction)
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-
-        def write(split, data):
-            (train if split == "train" else val).write(data)
-            sums[split].update(data)
-            tokens[split] += len(data) // dtype.itemsize
-
-        for batch in in_parallel(encode, batches, workers, set_tokenizer, (tokenizer.state(),)):
-            for new, split, ids, size in batch:
-                if previous and (new or split != previous):  # a document ends, or goes on in the other split
-                    write(previous, separator)
-                write(split, ids)
-                documents, done, previous = documents + new, done + size, split
-            progress(done)
-        if previous:
-            write(previous, separator)
-    progress.end()
-    return {"vocab_size": tokenizer.vocab_size, "tokens": tokens, "documents": documents, "bytes": done,
-            "dtype": dtype.name, "special_ids": tokenizer.special_ids, "lowercase": tokenizer.lowercase,
-            "pattern": tokenizer.pattern, "val_fraction": val_fraction,
-            "sha256": {split: sums[split].hexdigest() for split in tokens}}
-
-
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
 
 
-def check_tokens(path, tokens, vocab_size, checksum):
-    """Reads a split once: all ids have to be in the vocabulary, and all bytes those that were written (1 GB/s)."""
-    digest = hashlib.sha256()
-    for start in range(0, len(tokens), 2**24):
-        part = tokens[start : start + 2**24]
-        if part.max() >= vocab_size:
-            raise InputError(f"{path} has the token {part.max()} at place {start + part.argmax():,}, beyond its "
-                             f"vocabulary of {vocab_size:,}; prepare it again.")
-        digest.update(part)
-    if checksum != digest.hexdigest():
-        raise InputError(f"{path} is not as meta.json says (its sha256 is {digest.hexdigest()}, not {checksum}); "
-                         f"prepare it again.")
-
-
 class Sequences:
-    """Packed sequences of one split, exactly max_len tokens each: [CLS] and the next max_len - 1 of the corpus.
+    """Packed sequences of one split, of max_len tokens each: [CLS] and the next max_len - 1 of the corpus.
 
-    Sequence `index` of step `step` is a pure function of (seed, step, index), whatever the number of processes, the
-    accumulation, or how often the run was resumed: its tokens (each epoch is a seeded permutation), its masked
-    positions, its crop and the uniform numbers that the auxiliary samples with.
+    Sequence `index` of step `step` is a pure function of (seed, step, index), for any number of processes and
+    any accumulation, after any resume: its tokens (each epoch is a seeded permutation), its masked positions,
+    its crop and the uniform numbers that the auxiliary samples with.
     """
 
     def __init__(self, folder, split, max_len, masked, crop_len, seed, check=True):
-        meta = read_meta(folder)
-        self.path = path = Path(folder, f"{split}.bin")
-        dtype = token_dtype(meta["vocab_size"])
-        if not path.exists() or path.stat().st_size != meta["tokens"][split] * dtype.itemsize:
-            raise InputError(f"{path} is not as meta.json says ({meta['tokens'][split]:,} tokens); prepare it again.")
-        self.tokens = np.memmap(path, dtype, "r") if meta["tokens"][split] else np.zeros(0, dtype)
-        if check:
-            check_tokens(path, self.tokens, meta["vocab_size"], meta["sha256"][split])
+        """check: read the file once, to see that it is what was written (1 GB/s)"""
+        meta, self.path = read_meta(folder), Path(folder, f"{split}.bin")
+        size, dtype = meta["tokens"][split], token_dtype(meta["vocab_size"])
+        if not self.path.exists() or self.path.stat().st_size != size * dtype.itemsize or (
+                check and checksum(self.path) != meta["sha256"][split]):
+            raise InputError(f"{self.path} is not as meta.json says (size, checksum); prepare it again.")
+        self.tokens = np.memmap(self.path, dtype, "r") if size else np.zeros(0, dtype)
+        if check and self.tokens.max(initial=0) >= meta["vocab_size"]:
+            raise InputError(f"{self.path} has tokens beyond its vocabulary; prepare it again.")
         self.max_len, self.masked, self.crop_len, self.seed = max_len, masked, crop_len, seed
         self.cls_id, self.sep_id = meta["special_ids"]["[CLS]"], meta["special_ids"]["[SEP]"]
         self.order = functools.lru_cache(maxsize=2)(self.order)
@@ -780,8 +709,8 @@ class Sequences:
         random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
         if len(ordinary) < self.masked:
-            raise InputError(f"{self.path} has only {len(ordinary)} tokens but [CLS] and [SEP] at place {start:,} and "
-                             f"behind it, and {self.masked} are to be masked; prepare it from other text.")
+            raise InputError(f"{self.path} has only {len(ordinary)} tokens besides [SEP] in the sequence at "
+                             f"{start:,}, fewer than are masked; prepare it from longer documents.")
         masked = np.sort(random.permutation(ordinary)[: self.masked])
         crop_start = random.integers(1, self.max_len - self.crop_len + 1)
         crop = np.concatenate([tokens[:1], tokens[crop_start : crop_start + self.crop_len]])
@@ -789,15 +718,30 @@ class Sequences:
                 "uniforms": random.random(self.masked, dtype=np.float32)}
 
     def batch(self, step, indices, batch_size):
-        """The sequences of these indices of a step, stacked: tokens (B, T), masked and uniforms (B, K), crop (B, C)"""
+        """Sequences of one step, stacked: tokens (B, T), masked and uniforms (B, K), crop (B, C)"""
         rows = [self.sequence(step, index, batch_size) for index in indices]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def batches(sequences, batch_size, micro_batch_size, rank, world, first_step=0):
+    """The batches of one process: for each pass of each step. A thread prepares the next one meanwhile."""
+    def prepare(step, part):
+        first = (part * world + rank) * micro_batch_size
+        return sequences.batch(step, range(first, first + micro_batch_size), batch_size)
+
+    parts = range(batch_size // (micro_batch_size * world))
+    passes = ((step, part) for step in itertools.count(first_step) for part in parts)
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(prepare, *next(passes))
+        for step, part in passes:
+            ready, upcoming = upcoming, thread.submit(prepare, step, part)
+            yield ready.result()
+
+
 def main():
-    given, paths = parse_options(sys.argv[1:], OPTIONS, __doc__)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays behind
-    prepare(paths, **given)
+    parser = Parser(__doc__, prepare)
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="text files, or folders that hold them")
+    prepare(**vars(parser.parse_intermixed_args()))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@
           +--> copy head: at every token, is this token the original one?
           +--> LM head: at the masked positions, which token was it?
           +--> [CLS] vector, contrasted with the [CLS] vector of
-    X^crop           [CLS] sat on the ...                 a random contiguous 90 % of X, through the main Transformer
+    X^crop           [CLS] sat on the ...                 a random contiguous 90 % of X, through the main too
 
-Read from the top: everything is met before it is used. This file knows no file, no process group and no optimizer.
+Read from the top: everything is introduced before it is used. Files and processes are train.py's.
 
 Sources of the facts, as the docstrings cite them:
   [paper]  Meng et al., "COCO-LM: Correcting and Contrasting Text Sequences for Language Model Pretraining",
@@ -25,95 +25,99 @@ N sequences of all processes together.
 
 import math
 from dataclasses import dataclass, fields
+from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Configuration
+
+BASE = dict(max_len=512, layers=12, width=768, heads=12, ffn_width=3072, auxiliary_layers=4, dropout=0.1,
+            relative_bins=32, max_distance=128, relative_init="normal")  # [paper, model]
+PRESETS = {  # sizes
+    # [ours] learns something in minutes on two CPU cores, thanks to relative_init="local"
+    "tiny": dict(max_len=128, layers=2, width=128, heads=4, ffn_width=512, auxiliary_layers=1, dropout=0.0,
+                 relative_bins=32, max_distance=128, relative_init="local"),
+    "small": BASE | dict(width=256, heads=4, ffn_width=1024, auxiliary_layers=2),  # [model]
+    "base": BASE,
+    "base++": BASE | dict(relative_bins=64),  # [model]
+    "large++": BASE | dict(layers=24, width=1024, heads=16, ffn_width=4096, auxiliary_layers=6,
+                           relative_bins=128, max_distance=256),  # [paper, model]
+}
 
 
 @dataclass
 class Config:
     """All that decides what the model is and what it learns; stored in every checkpoint.
 
-    Raises ValueError, in one sentence, for a value out of range or a combination that makes no sense.
+    The types say what a value may be: Annotated[float, 0, 1] is a number from 0 to 1. Anything else, and a
+    setting that has no effect beside another one, raises ValueError.
     """
 
-    vocab_size: int
-    pad_id: int = None              # default: the fourth token from the end, as data.py's tokenizers have it
-    mask_id: int = None             # default: the last token
-    max_len: int = 512              # tokens in a sequence, [CLS] included
-    # main Transformer [paper, model]; the defaults are the base model's
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    ffn_width: int = 3072
-    dropout: float = 0.1            # on embeddings, attention probabilities and both sub-layer outputs
-    relative_positions: bool = True
-    relative_bins: int = 32
-    max_distance: int = 128         # tokens; all that are further away share the outermost bin
-    relative_init: str = "normal"   # normal | local: how the relative-position table starts, see local_relative_table
-    # auxiliary Transformer
-    auxiliary_layers: int = 4
-    auxiliary_width: int = 0        # 0: as wide as the main Transformer
-    auxiliary_dropout: float = 0.0  # 0: samples from its one pass; above: a second pass without dropout to sample from
-    corruption: str = "auxiliary"   # auxiliary | random (uniform tokens) | frozen (a trained auxiliary, not trained on)
-    # objective
-    token_task: str = "clm"         # clm | rtd (detect only) | all_token_mlm (the mixture everywhere) | mlm (BERT's)
-    lm_loss: str = "mixture"        # mixture [paper] | weighted [loss]
-    copy_mechanism: bool = True     # False: plain cross-entropy at masked positions beside the copy loss
-    stop_gradient: bool = True      # True: the LM loss does not train the copy head
-    lambda_copy: float = 50.0       # weight of the copy loss [paper, model]
-    mask_fraction: float = 0.15     # of the tokens behind [CLS]
-    contrastive: bool = True        # sequence contrastive learning
-    lambda_scl: float = 1.0         # weight of the contrastive loss [paper, model]
-    crop: float = 0.9               # length of the crop, as a share of the tokens behind [CLS]
-    temperature: float = 1.0        # of the contrastive softmax [paper, loss]
-    gather_negatives: bool = True   # contrast with the sequences of all processes, not only with one's own
+    vocab_size: Annotated[int, 8, 2**31 - 1]
+    pad_id: int = None   # default: the fourth token from the end, as in data.py's tokenizers
+    mask_id: int = None  # default: the last token
+
+    # Sizes: edit PRESETS. Without a preset they are those of base
+    max_len: Annotated[int, 8, 2**20] = BASE["max_len"]      # tokens in a sequence, [CLS] included
+    layers: Annotated[int, 1, 1000] = BASE["layers"]         # of the main Transformer
+    width: Annotated[int, 1, 2**20] = BASE["width"]          # of the hidden states
+    heads: Annotated[int, 1, 2**16] = BASE["heads"]          # of the attention
+    ffn_width: Annotated[int, 1, 2**22] = BASE["ffn_width"]  # inner width of the feed-forward layers
+    auxiliary_layers: Annotated[int, 1, 1000] = BASE["auxiliary_layers"]  # of the auxiliary Transformer
+    dropout: Annotated[float, 0, 0.9] = BASE["dropout"]      # on embeddings, attention and sub-layer outputs
+    relative_bins: Annotated[int, 8, 4096] = BASE["relative_bins"]  # entries of the relative-position table
+    max_distance: Annotated[int, 4, 2**20] = BASE["max_distance"]   # tokens; all beyond share the last bin
+    relative_init: Literal["normal", "local"] = BASE["relative_init"]  # start of the relative table
+
+    # The objective: most ablations are one edit here
+    token_task: Literal["clm", "rtd", "all_token_mlm", "mlm"] = "clm"  # rtd: detect only; mlm: BERT's task
+    lm_loss: Literal["mixture", "weighted"] = "mixture"  # mixture [paper] | weighted [loss]
+    copy_mechanism: bool = True  # False: plain cross-entropy at the masked positions, beside the copy loss
+    stop_gradient: bool = True   # False: the LM loss trains the copy head, too
+    lambda_copy: Annotated[float, 0, 1e6] = 50.0  # weight of the copy loss [paper, model]
+    mask_fraction: Annotated[float, 0.01, 0.4] = 0.15  # masked share of the tokens after [CLS] [paper]
+    relative_positions: bool = True  # False: absolute positions only
+    corruption: Literal["auxiliary", "random", "frozen"] = "auxiliary"  # frozen: the auxiliary does not learn
+    auxiliary_width: Annotated[int, 0, 2**20] = 0  # 0: as wide as the main Transformer
+    auxiliary_dropout: Annotated[float, 0, 0.9] = 0.0  # above 0: samples from a second pass, without dropout
+    contrastive: bool = True  # False: no sequence contrastive learning
+    lambda_scl: Annotated[float, 0, 1e6] = 1.0  # weight of the contrastive loss [paper, model]
+    crop: Annotated[float, 0.01, 1] = 0.9  # length of the crop, share of the tokens after [CLS] [paper]
+    temperature: Annotated[float, 1e-3, 1e3] = 1.0  # of the contrastive softmax [paper, loss]
+    gather_negatives: bool = True  # False: contrast only with the sequences of the same process
 
     def __post_init__(self):
-        if self.pad_id is None:
-            self.pad_id = self.vocab_size - 4
-        if self.mask_id is None:
-            self.mask_id = self.vocab_size - 1
-        self.auxiliary_width = self.auxiliary_width or self.width
-        for name, (smallest, largest) in RANGES.items():
-            value = getattr(self, name)
-            if not smallest <= value <= largest:
-                raise ValueError(f"{name}={value} is out of range: it has to be from {smallest} to {largest}.")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} has to be one of {', '.join(choices)}.")
-        for name in ("pad_id", "mask_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(f"{name}={getattr(self, name)} is not in the vocabulary of {self.vocab_size} tokens.")
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} cannot be split over heads={self.heads}: choose a multiple of it.")
-        if self.auxiliary_width > self.width:
-            raise ValueError(f"auxiliary_width={self.auxiliary_width} is above width={self.width}: it can only be "
-                             f"narrower.")
-        if self.relative_bins % 4:
-            raise ValueError(f"relative_bins={self.relative_bins} has to be a multiple of 4.")
-        if self.max_distance <= self.relative_bins // 4 + 1:
-            raise ValueError(f"max_distance={self.max_distance} has to be above relative_bins / 4 + 1 = "
-                             f"{self.relative_bins // 4 + 1}.")
-        if self.masked < 1 or self.crop_len < 1:
-            raise ValueError(f"max_len={self.max_len} is too short: mask_fraction={self.mask_fraction} of it or "
-                             f"crop={self.crop} of it is less than one token.")
-        for setting, condition, reason in (  # what would silently do nothing
-            ("corruption", self.token_task == "mlm", "the main model reads the masked text"),
-            ("lm_loss", self.token_task != "clm", "only clm has the choice"),
-            ("copy_mechanism", self.token_task != "clm", "only clm has the choice"),
-            ("stop_gradient", self.token_task in ("rtd", "mlm"), "no LM loss uses the copy probability"),
-            ("lm_loss", not self.copy_mechanism, "the plain cross-entropy does not use the copy probability"),
-            ("stop_gradient", not self.copy_mechanism, "the plain cross-entropy does not use the copy probability"),
+        c = self
+        c.pad_id = c.vocab_size - 4 if c.pad_id is None else c.pad_id
+        c.mask_id = c.vocab_size - 1 if c.mask_id is None else c.mask_id
+        c.auxiliary_width = c.auxiliary_width or c.width
+        for field in fields(c):
+            value, allowed = getattr(c, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in allowed:
+                raise ValueError(f"{field.name}={value!r} has to be one of {', '.join(allowed)}.")
+            if get_origin(field.type) is Annotated and not allowed[1] <= value <= allowed[2]:
+                raise ValueError(f"{field.name}={value} has to be from {allowed[1]} to {allowed[2]}.")
+        mixes = c.token_task == "clm" and c.copy_mechanism  # in all_token_mlm the LM loss trains that head
+        for name, has_effect in {"corruption": c.token_task != "mlm", "copy_mechanism": c.token_task == "clm",
+                                 "lm_loss": mixes, "stop_gradient": mixes}.items():
+            if not has_effect and getattr(c, name) != getattr(Config, name):
+                raise ValueError(f"{name}={getattr(c, name)} has no effect with token_task={c.token_task}, "
+                                 f"copy_mechanism={c.copy_mechanism}.")
+        for wrong, problem in (
+            (not 0 <= c.pad_id < c.vocab_size, f"pad_id={c.pad_id} is not in the vocabulary"),
+            (not 0 <= c.mask_id < c.vocab_size, f"mask_id={c.mask_id} is not in the vocabulary"),
+            (c.width % c.heads, f"width={c.width} is not a multiple of heads={c.heads}"),
+            (c.auxiliary_width > c.width, f"auxiliary_width={c.auxiliary_width} is above width={c.width}"),
+            (c.relative_bins % 4, f"relative_bins={c.relative_bins} is not a multiple of 4"),
+            (c.max_distance <= c.relative_bins // 4 + 1, f"max_distance={c.max_distance} is too small"),
+            (not c.masked or not c.crop_len, f"max_len={c.max_len} is too short to mask and to crop"),
         ):
-            if condition and getattr(self, setting) != DEFAULTS[setting]:
-                raise ValueError(f"{setting}={getattr(self, setting)} has no effect with token_task={self.token_task} "
-                                 f"and copy_mechanism={self.copy_mechanism}: {reason}.")
+            if wrong:
+                raise ValueError(problem + ".")
 
     @classmethod
     def from_preset(cls, preset, **changes):
@@ -122,39 +126,16 @@ class Config:
 
     @property
     def masked(self):
-        """Masked positions in every sequence, so that all shapes are static and means of means are means [ours]."""
+        """Masked positions of every sequence: all shapes are static, and means of means are means. [ours]"""
         return round(self.mask_fraction * (self.max_len - 1))
 
     @property
     def crop_len(self):
-        """Tokens of the crop behind its own [CLS]."""
+        """Tokens of the crop, without its own [CLS]."""
         return round(self.crop * (self.max_len - 1))
 
 
-RANGES = {
-    "vocab_size": (8, 2**31 - 1), "max_len": (8, 2**20), "layers": (1, 1000), "width": (1, 2**20), "heads": (1, 2**16),
-    "ffn_width": (1, 2**22), "dropout": (0.0, 0.9), "relative_bins": (8, 4096), "max_distance": (4, 2**20),
-    "auxiliary_layers": (1, 1000), "auxiliary_width": (1, 2**20), "auxiliary_dropout": (0.0, 0.9),
-    "lambda_copy": (0.0, 1e6), "lambda_scl": (0.0, 1e6), "mask_fraction": (0.01, 0.4), "crop": (0.01, 1.0),
-    "temperature": (1e-3, 1e3),
-}
-CHOICES = {
-    "relative_init": ("normal", "local"), "corruption": ("auxiliary", "random", "frozen"),
-    "token_task": ("clm", "rtd", "all_token_mlm", "mlm"), "lm_loss": ("mixture", "weighted"),
-}
-DEFAULTS = {field.name: field.default for field in fields(Config)}
-PRESETS = {
-    # [ours] learns something in minutes on two CPU cores; the local start of the relative table is what makes it learn
-    "tiny": dict(layers=2, width=128, heads=4, ffn_width=512, auxiliary_layers=1, max_len=128, dropout=0.0,
-                 relative_init="local"),
-    "small": dict(layers=12, width=256, heads=4, ffn_width=1024, auxiliary_layers=2),  # the published code's preset
-    "base": dict(),
-    "base++": dict(relative_bins=64),
-    "large++": dict(layers=24, width=1024, heads=16, ffn_width=4096, auxiliary_layers=6, relative_bins=128,
-                    max_distance=256),
-}
-
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The Transformer
 
 
@@ -178,8 +159,8 @@ def relative_position_bucket(distance, bins, max_distance):
 def local_relative_table(bins, heads, max_distance):
     """A start for the relative-position table, (bins, heads), from which small models learn. [ours, measured]
 
-    Of every four heads one looks left, one right, one around and one everywhere. From normal(0, 0.02) all hidden
-    states of a small model become equal and it never predicts more than how frequent the tokens are.
+    Of every four heads one looks left, one right, one around and one everywhere. From normal(0, 0.02) all
+    hidden states of a small model become equal, and it never learns more than how frequent each token is.
     """
     distance = torch.arange(-max_distance, max_distance + 1)
     bucket = relative_position_bucket(distance, bins, max_distance)
@@ -194,42 +175,29 @@ def local_relative_table(bins, heads, max_distance):
 def drop(x, dropout):
     """Dropout: zeros with this probability, and the rest scaled so that the mean stays.
 
-    On the CPU torch's own costs as much as the matrix product before it. There the mask is made of random bytes,
-    eight from one draw, so the probability is a multiple of 1/256: 0.1 is 26/256 = 0.1016.
+    On the CPU torch's own costs as much as the matrix product before it. There the mask is made of random
+    bytes, eight from one draw, so the probability is a multiple of 1/256: 0.1 is 26/256 = 0.1016.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not dropout:
         return F.dropout(x, dropout)
     dropped = max(1, round(dropout * 256))  # of the 256 values of a byte
     draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     kept = draws.view(torch.uint8)[: x.numel()].view(x.shape).ge_(dropped)  # 1 or 0; in place, or it is slow
-    return x * kept.to(x.dtype).mul_(256 / (256 - dropped))
-
-
-LARGE = 2**23  # attention probabilities of a layer, 32 MB
-
-
-def attention_by_hand(q, k, v, bias, dropout):
-    """What `attention` is, in the form that was measured to be the fastest on the CPU."""
-    B, H, Q, d = q.shape
-    q, k, v, bias = (x.reshape(B * H, *x.shape[2:]) for x in (q, k, v, bias))
-    logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)  # (B * H, Q, T)
-    probabilities = drop(logits.softmax(-1), dropout)
-    return (probabilities @ v).view(B, H, Q, d)
+    return (x * kept.to(x.dtype)).mul_(256 / (256 - dropped))
 
 
 def attention(q, k, v, bias, dropout):
     """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, Q, d), k and v (B, H, T, d), bias (B, H, Q, T).
 
-    On CUDA the fused kernels take the bias, in the type of q, and the dropout. On the CPU those send
-    scaled_dot_product_attention to its slow path, so there it is written out. Where the probabilities are large they
-    are not kept but computed once more for the gradient: a third of the memory of base, and 2 % of its time.
+    CUDA's fused kernels take the bias, in the type of q, and the dropout. On the CPU both send
+    scaled_dot_product_attention to its slow path, so there it is written out.
     """
-    if q.is_cuda:
+    if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    large = bias.numel() >= LARGE and q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if large and torch.is_grad_enabled():
-        return checkpoint(attention_by_hand, q, k, v, bias, dropout, use_reentrant=False)
-    return attention_by_hand(q, k, v, bias, dropout)
+    B, H, Q, d = q.shape
+    q, k, v, bias = (x.reshape(B * H, *x.shape[2:]) for x in (q, k, v, bias))
+    logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)  # (B * H, Q, T)
+    return (drop(logits.softmax(-1), dropout) @ v).view(B, H, Q, d)
 
 
 def rows_of(x, rows):
@@ -251,7 +219,7 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, x, bias, dropout, rows=None):
-        """x (B, T, D), bias (B, H, T, T) -> (B, T, D); with rows (B, K) and bias (B, H, K, T) only those: (B, K, D)"""
+        """x (B, T, D), bias (B, H, T, T) -> (B, T, D); at rows (B, K), with bias (B, H, K, T) -> (B, K, D)"""
         D = x.shape[-1]
         if rows is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -267,7 +235,10 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Token + learned absolute position embedding, then LayerNorm. Both Transformers use the same one. [model]"""
+    """Token + learned absolute position embedding, then LayerNorm [model]. Both Transformers share one.
+
+    The authors' auxiliary without dropout shares the token embedding alone; here it always shares all. [ours]
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -290,15 +261,17 @@ class Encoder(nn.Module):
     def __init__(self, config, embeddings, layers, width, dropout):
         super().__init__()
         self.pad_id, self.dropout, self.embeddings = config.pad_id, dropout, embeddings
-        scale = width / config.width  # a narrow auxiliary has heads of the same width, or nearly so, and fewer of them
+        scale = width / config.width  # a narrow auxiliary has fewer heads, of about the same width
         divisors = (h for h in range(1, config.heads + 1) if width % h == 0)
         heads = min(divisors, key=lambda h: abs(h - config.heads * scale))
         self.narrow = nn.Linear(config.width, width) if width != config.width else nn.Identity()
-        self.layers = nn.ModuleList(Layer(width, heads, round(config.ffn_width * scale)) for _ in range(layers))
+        ffn_width = round(config.ffn_width * scale)
+        self.layers = nn.ModuleList(Layer(width, heads, ffn_width) for _ in range(layers))
         self.heads = heads
         if config.relative_positions:
             self.relative = nn.Embedding(config.relative_bins, heads)  # one table for all layers
-            distance = torch.arange(config.max_len)[None, :] - torch.arange(config.max_len)[:, None]  # key - query
+            position = torch.arange(config.max_len)
+            distance = position[None, :] - position[:, None]  # (T, T) key - query
             bucket = relative_position_bucket(distance, config.relative_bins, config.max_distance)
             self.register_buffer("bucket", bucket, persistent=False)  # (T, T)
         else:
@@ -307,8 +280,8 @@ class Encoder(nn.Module):
     def bias(self, padding):
         """What is added to the attention logits: relative positions, and -inf at padding keys. (B, H, T, T)
 
-        In the type that attention computes in, and with rows that start at multiples of 8 elements: CUDA's fused
-        kernels want both, and would make a copy in every layer otherwise.
+        In the type that attention computes in, and with rows that start at multiples of 8 elements: CUDA's
+        fused kernels want both, and would make a copy in every layer otherwise.
         """
         B, T = padding.shape
         if self.relative is None:
@@ -323,10 +296,10 @@ class Encoder(nn.Module):
     def forward(self, tokens, padding=None, rows=None, dropout=None):
         """Hidden states (B, T, D) of tokens (B, T).
 
-        padding: (B, T), True where there is no token. Decided by the padding id unless given: for corrupted text it
-            has to be that of the original text, since the auxiliary may well sample [PAD].
-        rows: (B, K) positions, if the output is wanted only there: (B, K, D). The last layer skips the others.
-        dropout: the rate, if it is to be another than the model's in training and 0 in evaluation.
+        padding: (B, T), True where there is no token; default: at [PAD]. Corrupted text needs the padding of
+            the original text, since the auxiliary may well sample [PAD].
+        rows: (B, K) positions, if the output is wanted only there: (B, K, D). The last layer skips the rest.
+        dropout: the rate; default: the model's in training, 0 in evaluation.
         """
         if padding is None:
             padding = tokens == self.pad_id
@@ -340,11 +313,12 @@ class Encoder(nn.Module):
             else:
                 x = layer(x, bias, dropout)
         if rows is not None:
-            bias = bias.gather(2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))  # (B, H, K, T)
+            index = rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
+            bias = bias.gather(2, index)  # (B, H, K, T)
         return self.layers[-1](x, bias, dropout, rows)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Heads
 
 
@@ -356,13 +330,13 @@ class Transform(nn.Sequential):
 
 
 class Auxiliary(Encoder):
-    """The shallow Transformer whose guesses corrupt the text: an encoder with an MLM head on tied embeddings."""
+    """The shallow Transformer that corrupts the text: an encoder with an MLM head on tied embeddings."""
 
     def __init__(self, config, embeddings):
-        super().__init__(config, embeddings, config.auxiliary_layers, config.auxiliary_width, config.auxiliary_dropout)
-        self.transform = Transform(config.auxiliary_width)
-        narrow = config.auxiliary_width != config.width
-        self.widen = nn.Linear(config.auxiliary_width, config.width) if narrow else nn.Identity()
+        width = config.auxiliary_width
+        super().__init__(config, embeddings, config.auxiliary_layers, width, config.auxiliary_dropout)
+        self.transform = Transform(width)
+        self.widen = nn.Linear(width, config.width) if width != config.width else nn.Identity()  # [ours]
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def logits(self, hidden):
@@ -370,33 +344,35 @@ class Auxiliary(Encoder):
         return F.linear(self.widen(self.transform(hidden)), self.embeddings.tokens.weight, self.output_bias)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Equations. All of them compute in float32, whatever the autocast type.
 
 
 def sample(logits, uniforms):
-    """One token per row of logits (..., V), by inverse CDF at uniforms (...) in [0, 1). [paper: from the softmax]
+    """One token per row of logits (..., V), by inverse CDF at uniforms (...) in [0, 1). [ours]
 
-        probabilities .2 .0 .5 .3   ->   cdf .2 .2 .7 1.   ->   uniform .1 gives 0, .2 gives 2, .69 gives 2, .7 gives 3
+        probabilities .2 .0 .5 .3  ->  cdf .2 .2 .7 1.  ->  uniform .1 gives 0, .2 and .69 give 2, .7 gives 3
 
-    right=True never gives a token of probability zero, leaving out the last column never gives V.
+    right=True never gives a token of probability zero; without its last column the cdf never gives V.
     """
     cdf = logits.float().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf[..., :-1].contiguous(), uniforms[..., None] * cdf[..., -1:], right=True)[..., 0]
+    thresholds = uniforms[..., None] * cdf[..., -1:]
+    return torch.searchsorted(cdf[..., :-1].contiguous(), thresholds, right=True)[..., 0]
 
 
 def mlm_loss(logits, targets):
     """-log p(x_i) at each masked position. [paper]  (..., V), (...) -> (...)"""
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
 
 
 def copy_loss(copy_logits, same):
-    """Binary cross-entropy of p_copy = sigmoid(w.h + c) against 1[x^MLM_i = x_i] at each token. [paper, model]"""
+    """Binary cross-entropy of p_copy = sigmoid(w.h + c) with 1[x^MLM_i = x_i] at each token [paper, model]"""
     return F.binary_cross_entropy_with_logits(copy_logits.float(), same.float(), reduction="none")
 
 
 def lm_loss_mixture(lm_logits, copy_logits, targets, same):
-    """-log( 1[same] p_copy + (1 - p_copy) softmax(lm_logits)[target] ) at each position. [paper, equation of L_LM]
+    """-log( 1[same] p_copy + (1 - p_copy) softmax(lm_logits)[target] ) at each position. [paper, its L_LM]
 
     In the log domain: p_copy reaches 0 and 1 in float32 long before its logit stops meaning something.
     """
@@ -419,16 +395,17 @@ def cosines(corrupted, crop):
 
 
 def scl_loss(cosine, temperature):
-    """-log softmax of each one's twin among the 2N-1 others, the mean over the 2N. [paper, loss]  (2N, 2N) -> ()
+    """-log softmax of each vector's twin among the 2N - 1 others, mean over the 2N. [paper, loss]
 
-    Vector i's twin is i + N (the crop of the same sequence) and the other way round; itself is left out.
+    (2N, 2N) -> (). The twin of vector i is i + N, the crop of the same sequence, and the other way round.
     """
     N = len(cosine) // 2
-    logits = (cosine / temperature).masked_fill(torch.eye(2 * N, dtype=torch.bool, device=cosine.device), -math.inf)
+    itself = torch.eye(2 * N, dtype=torch.bool, device=cosine.device)
+    logits = (cosine / temperature).masked_fill(itself, -math.inf)
     return F.cross_entropy(logits, torch.arange(2 * N, device=cosine.device).roll(N))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics that tell whether it works. Each is a pair (sum, count), so that batches and processes add up.
 
 
@@ -439,9 +416,12 @@ def pair(values, where=None):
 
 
 def scl_statistics(cosine):
-    """How often the twin is the nearest (chance: 1 / (2N - 1)); alignment and uniformity as Wang & Isola (2020)
-    define them: mean squared distance of twins, and log mean exp(-2 squared distance) of different sequences,
-    averaged over the corrupted and the cropped vectors. Of unit vectors the squared distance is 2 - 2 cosine."""
+    """How well the sequence vectors tell sequences apart, from their cosines (2N, 2N).
+
+    scl_accuracy: how often the twin is the nearest (chance: 1 / (2N - 1)). alignment: mean squared distance of
+    twins. uniformity: log mean exp(-2 squared distance) of different sequences, averaged over corrupted and
+    cropped ones [Wang & Isola, 2020]. The squared distance of unit vectors is 2 - 2 cosine.
+    """
     N = len(cosine) // 2
     twin = torch.arange(2 * N, device=cosine.device).roll(N)
     itself = torch.eye(2 * N, dtype=torch.bool, device=cosine.device)
@@ -455,14 +435,14 @@ def scl_statistics(cosine):
 
 
 def mean_cosine(pooled):
-    """Cosines of the mean-pooled hidden states of different sequences: near 1 the model is dead, all texts look the
-    same to it.  (N, D) -> (2,)"""
+    """Cosines of the mean-pooled hidden states of different sequences: near 1, all texts look the same to the
+    model.  (N, D) -> (2,)"""
     unit = F.normalize(pooled.float(), dim=-1)
     N = len(unit)
     return torch.stack([unit.sum(0).square().sum() - N, torch.full((), N * (N - 1.0), device=unit.device)])
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # COCO-LM
 
 
@@ -484,7 +464,7 @@ class COCOLM(nn.Module):
         if c.token_task != "mlm":
             self.copy_head = nn.Linear(c.width, 1)
         if c.token_task != "rtd":
-            self.lm_bias = nn.Parameter(torch.zeros(c.vocab_size))  # the LM head: tied embedding + bias, nothing else
+            self.lm_bias = nn.Parameter(torch.zeros(c.vocab_size))  # LM head: tied embedding + bias
         if c.contrastive:
             self.scl_head = Transform(c.width)
         self.apply(self.initialize)
@@ -499,8 +479,9 @@ class COCOLM(nn.Module):
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx].detach())
-        if isinstance(module, Encoder) and module.relative is not None and self.config.relative_init == "local":
-            table = local_relative_table(self.config.relative_bins, module.heads, self.config.max_distance)
+        c = self.config
+        if isinstance(module, Encoder) and module.relative is not None and c.relative_init == "local":
+            table = local_relative_table(c.relative_bins, module.heads, c.max_distance)
             module.relative.weight.data.add_(table)  # children come first: the small noise is there already
 
     def train(self, mode=True):
@@ -533,10 +514,10 @@ class COCOLM(nn.Module):
         return tokens.scatter(1, masked, sampled)
 
     def passes(self, batch, with_statistics=True):
-        """Everything within one process: -> losses, statistics, predictions, and the SCL vectors (2, B, D) or None."""
+        """All within one process -> losses, statistics, predictions and the SCL vectors (2, B, D) or None."""
         c, tokens, masked = self.config, batch["tokens"], batch["masked"]
-        losses, statistics, predictions = {}, {} if with_statistics else None, {}
-        padding = tokens == c.pad_id
+        losses, statistics, predictions, vectors = {}, {} if with_statistics else None, {}, None
+        padding = tokens == c.pad_id  # (B, T)
         real = (~padding).float()
         originals = tokens.gather(1, masked)  # (B, K)
         if c.token_task == "mlm":
@@ -549,26 +530,27 @@ class COCOLM(nn.Module):
 
         if c.token_task != "mlm":
             copy_logits = self.copy_head(hidden)[..., 0].float()  # (B, T)
-            predictions["copy_logits"] = copy_logits.detach()
         if c.token_task in ("clm", "rtd"):
             losses["copy_loss"] = (copy_loss(copy_logits, same) * real).sum() / real.sum()
-        if c.token_task == "all_token_mlm":
+
+        if c.token_task == "all_token_mlm":  # the mixture at every token: its one loss trains both heads
             lm_logits = self.lm_logits(hidden)  # (B, T, V)
-            losses["lm_loss"] = (lm_loss_mixture(lm_logits, copy_logits, tokens, same) * real).sum() / real.sum()
-            lm_logits = rows_of(lm_logits.detach(), masked)
+            each = lm_loss_mixture(lm_logits, copy_logits, tokens, same)  # (B, T)
+            losses["lm_loss"] = (each * real).sum() / real.sum()
+            lm_logits = rows_of(lm_logits.detach(), masked)  # (B, K, V)
         elif c.token_task != "rtd":
             lm_logits = self.lm_logits(rows_of(hidden, masked))  # (B, K, V)
             if c.token_task == "mlm" or not c.copy_mechanism:
-                losses["lm_loss"] = mlm_loss(lm_logits, originals).mean()
+                each = mlm_loss(lm_logits, originals)  # (B, K)
             else:
                 at_masked = copy_logits.gather(1, masked)  # (B, K)
                 at_masked = at_masked.detach() if c.stop_gradient else at_masked
                 if c.lm_loss == "mixture":
-                    losses["lm_loss"] = lm_loss_mixture(lm_logits, at_masked, originals, same_masked).mean()
+                    each = lm_loss_mixture(lm_logits, at_masked, originals, same_masked)
                 else:
-                    losses["lm_loss"] = lm_loss_weighted(lm_logits, at_masked, originals).mean()
+                    each = lm_loss_weighted(lm_logits, at_masked, originals)
+            losses["lm_loss"] = each.mean()
 
-        vectors = None
         if c.contrastive:  # the crop goes through the main model alone, and only its [CLS] is wanted
             crop_hidden = self.main(batch["crop"], rows=torch.zeros_like(masked[:, :1]))  # (B, 1, D)
             vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])]).float()
@@ -576,6 +558,7 @@ class COCOLM(nn.Module):
         if with_statistics:
             predictions["corrupted"] = corrupted
             if c.token_task != "mlm":
+                predictions["copy_logits"] = copy_logits.detach()
                 says_original = predictions["copy_logits"] > 0
                 statistics["replaced_fraction"] = pair(~same, real)
                 statistics["copy_accuracy_original"] = pair(says_original, same * real)
@@ -583,7 +566,8 @@ class COCOLM(nn.Module):
             if c.token_task != "rtd":
                 predictions["lm_tokens"] = lm_logits.detach().argmax(-1)  # (B, K)
                 statistics["lm_accuracy_replaced"] = pair(predictions["lm_tokens"] == originals, ~same_masked)
-            predictions["pooled"] = (hidden.detach().float() * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+            total = (hidden.detach().float() * real[..., None]).sum(1)
+            predictions["pooled"] = total / real.sum(1, keepdim=True)  # (B, D)
         return losses, statistics, predictions, vectors
 
     def forward(self, batch, gather=None, with_statistics=True):
@@ -594,10 +578,10 @@ class COCOLM(nn.Module):
             uniforms  (B, K)  in [0, 1): the randomness of the auxiliary's sampling
             crop      (B, C)  [CLS] and a contiguous part of the original
 
-        gather: a function that brings the sequence vectors (..., B, D) of all processes together: (..., N, D).
-        -> losses: `loss`, the sum that is trained, and its terms `mlm_loss`, `copy_loss`, `lm_loss`, `scl_loss`, ();
+        gather: a function from a process' sequence vectors (..., B, D) to those of all processes (..., N, D).
+        -> losses: `loss`, which is trained, and its terms `mlm_loss`, `copy_loss`, `lm_loss`, `scl_loss`: ();
            statistics: name -> (sum, count); predictions: `corrupted` and `copy_logits` (B, T), `lm_tokens`
-           (B, K), `pooled` (B, D), the mean hidden states.
+           (B, K), `pooled` (B, D), the mean hidden states. Without statistics the last two are empty.
         """
         c = self.config
         losses, statistics, predictions, vectors = self.passes(batch, with_statistics)
@@ -618,11 +602,11 @@ class COCOLM(nn.Module):
 
 
 def flops(c):
-    """Floating-point operations that a Config's training takes for one sequence: of all matrix products, forward and
-    backward, in both Transformers, the crop's pass and the heads (not of the 2N x 2N cosines: next to nothing).
+    """Floating-point operations of training on one sequence: all matrix products of both Transformers, of the
+    crop's pass and of the heads, forward and backward. The 2N x 2N cosines are left out.
 
-    Only what is needed: the last layer where it is read, and nothing for recomputing. A product of (n, k) and (k, m)
-    is 2 n k m of them; the backward pass takes twice the forward's.
+    Counts what is needed: the last layer only where it is read, and nothing for recomputing. A product of
+    (n, k) and (k, m) is 2 n k m operations; the backward pass takes twice the forward's.
 
     >>> flops(Config.from_preset("base", vocab_size=32768)) / 1e9     # of 512 tokens: 632.8
     """
@@ -630,8 +614,9 @@ def flops(c):
         """Multiply-adds of a pass over T tokens whose last layer is wanted at `rows` of them."""
         ffn_width = round(c.ffn_width * width / c.width)
         keys_values = 2 * width * width
-        rest = width * (2 * width + 2 * ffn_width + 2 * T)  # of a token: q, output, feed-forward, attention to T
-        return layers * T * keys_values + ((layers - 1) * T + rows) * rest + T * width * c.width * (width != c.width)
+        rest = width * (2 * width + 2 * ffn_width + 2 * T)  # of a token: q, output, feed-forward, attention
+        narrow = T * width * c.width * (width != c.width)
+        return layers * T * keys_values + ((layers - 1) * T + rows) * rest + narrow
 
     T, K, A, vocabulary = c.max_len, c.masked, c.auxiliary_width, c.width * c.vocab_size
     forward = encoder(c.layers, c.width, T, T)
@@ -643,6 +628,7 @@ def flops(c):
         forward += encoder(c.layers, c.width, c.crop_len + 1, 1) + 2 * c.width**2
     auxiliary = passes = 0
     if c.token_task != "mlm" and c.corruption != "random":
-        auxiliary = encoder(c.auxiliary_layers, A, T, K) + K * (A * A + A * c.width * (A != c.width) + vocabulary)
+        head = A * A + A * c.width * (A != c.width) + vocabulary
+        auxiliary = encoder(c.auxiliary_layers, A, T, K) + K * head
         passes = 1 if c.corruption == "frozen" else 4 if c.auxiliary_dropout else 3
     return 2 * (3 * forward + passes * auxiliary)  # 3: a forward and, as two, a backward pass

@@ -1,34 +1,36 @@
-"""tests/benchmark.py runs, with one step: all tables but that of scaling. What it measures is looked at by people."""
+"""tests/benchmark.py compares like with like: without an optimization, ours computes the same."""
 
-import random
-import re
-import subprocess
-import sys
-from pathlib import Path
+import benchmark
+import pytest
+import torch
 
-import stress
-
-import data
-
-BENCHMARK = Path(__file__).parent / "benchmark.py"
+import model
 
 
-def test_benchmark_prints_its_tables(tmp_path):
-    draw = random.Random(1)
-    words = ["".join(draw.choices("aeioubcdfglmnprst", k=draw.randint(2, 7))) for _ in range(300)]
-    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(draw.choices(words, k=200)) for _ in range(300)))
-    data.prepare([tmp_path / "text.txt"], name="docs", data_dir=str(tmp_path), vocab_size=400, val_fraction=0.1, workers=1)
-    command = [sys.executable, BENCHMARK, "--preset=tiny", "--steps=1", "--peers=none", "--levers=recompute",
-               "--parts=steps,around,projection", f"--data_dir={tmp_path}"]
-    said = subprocess.run(command, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    rows = {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")]
-                                                for line in said.stdout.splitlines() if line.startswith("|"))}
-    for name in ("ours, float32", "ours, recompute=True", "a validation", "tokenising", "base"):
-        assert re.search(r"[1-9]", rows[name][0]), name
+@pytest.fixture
+def own(monkeypatch):
+    """Our own functions, which the benchmark replaces, and which come back after the test."""
+    functions = {name: getattr(model, name) for name in ("attention", "drop")}
+    for name, function in functions.items():
+        monkeypatch.setattr(model, name, function)
+    return functions
 
 
-def test_benchmark_names_a_wrong_option():
-    (process,) = stress.start("--parts=everything", program=(str(BENCHMARK),))
-    _, err = process.communicate()
-    assert process.returncode == 2 and "--parts is a list of" in err and "Traceback" not in err
+def test_torchs_attention_computes_what_ours_does(own):
+    torch.manual_seed(0)
+    loss, parameters = benchmark.ours("tiny", "attention")
+    q, k, v, bias = torch.randn(4, 2, 4, 9, 9, dtype=torch.float64)
+    ours, torchs = (function(q, k, v, bias, 0.0) for function in (own["attention"], model.attention))
+    assert model.attention is not own["attention"]
+    torch.testing.assert_close(ours, torchs)
+    loss().backward()
+    assert all(p.grad.isfinite().all() for p in parameters)
+
+
+def test_torchs_dropout_drops_as_much_as_ours(own):
+    torch.manual_seed(0)
+    benchmark.ours("tiny", "dropout")
+    for function in (own["drop"], model.drop):
+        kept = function(torch.ones(100_000), 0.1)
+        assert abs(kept.mean() - 1) < 0.01 and abs((kept == 0).float().mean() - 0.1) < 0.01
+    assert model.drop is not own["drop"]

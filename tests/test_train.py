@@ -1,190 +1,312 @@
-"""train.py: settings, one process against several, accumulation, resuming, checkpoints, log, ablations, bad input.
+"""train.py: options, a whole run, several processes, resuming, damage, full disks, signals, divergence.
 
-What is equal here is equal to the bit, unless a tolerance says otherwise; all runs are on the CPU in float32.
+Equal means equal to the bit, of weights, moments and log, unless a tolerance says otherwise. All runs compute
+in float32, unless a test says another dtype.
 """
 
-import importlib.util
+import argparse
+import contextlib
+import ctypes
+import functools
+import importlib
+import io
 import json
 import math
 import os
 import platform
+import random
 import re
+import resource
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import stress
+import runs
 import torch
-from stress import ROOT, rows, untimed
+from runs import ROOT, finish, rows, start, wait_for
 
 import data
+import model
 import train
 
-SMALL = ["--width=32", "--ffn_width=64", "--heads=2", "--max_len=32", "--batch_size=8", "--max_steps=3", "--warmup_steps=2",
-         "--eval_batches=2", "--log_interval=1", "--eval_interval=100", "--checkpoint_interval=100"]
+STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+LOSSES = ("loss", "mlm_loss", "copy_loss", "lm_loss", "scl_loss")
+
+# ------------------------------------------------------------------------------------------------------------
+# Helpers
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """data_dir with the corpus `toy`: 400 short documents of made-up but not random words."""
-    folder = tmp_path_factory.mktemp("corpus")
-    stress.make_corpus(folder)
-    return folder
+    """The folder of the corpus `toy`."""
+    return runs.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def options(corpus):
+    """The command line of a run of 6 steps, but for its out_dir."""
+    return [f"--data_dir={corpus.parent}", "--dataset=toy", "--layers=1", "--width=32", "--ffn_width=64",
+            "--heads=2", "--max_len=32", "--dropout=0.1", "--batch_size=12", "--micro_batch_size=12",
+            "--max_steps=6", "--warmup_steps=2", "--log_interval=1", "--eval_interval=3", "--eval_batches=1",
+            "--checkpoint_interval=2", "--dtype=float32", "--device=cpu"]
+
+
+@pytest.fixture(scope="session")
+def finished(options, tmp_path_factory):
+    """out_dir of that run. To be copied, not changed."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run(*options, f"--out_dir={out}")
+    return out
 
 
 @pytest.fixture
-def options(corpus, tmp_path):
-    """The command line of a small run, into tmp_path/out."""
-    return [f"--data_dir={corpus}", "--dataset=toy", f"--out_dir={tmp_path}/out", *SMALL]
+def halfway(finished, tmp_path):
+    """out_dir of that run, at step 4."""
+    return cut_back(finished, tmp_path / "out")
 
 
-def run(arguments):
-    """train.py in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before, sys.argv = sys.argv, ["train.py", *arguments]
-    try:
-        train.main()
-    finally:
-        sys.argv = before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def cut_back(finished, out):
+    """A copy of a finished run as it would be, had it been killed two steps earlier."""
+    shutil.copytree(finished, out)
+    os.replace(out / "ckpt.prev.pt", out / "ckpt.pt")
+    return out
 
 
-def weights(out, name="ckpt.pt"):
-    return torch.load(Path(out) / name, weights_only=True)["model"]
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run changes how its process receives signals; this changes it back."""
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in STOPS)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def assert_same_weights(a, b, tolerance=0.0):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+def attempt(*arguments):
+    """train.py in this process: (exit status, what it printed)"""
+    said, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            train.main(list(map(str, arguments)))
+        except (data.InputError, OSError) as error:
+            status, _ = 2, print(data.sentence(error))
+        except SystemExit as stop:
+            status = stop.code
+            if isinstance(status, str):
+                status, _ = 1, print(status)
+    return status, said.getvalue()
 
 
-# --- settings
+def run(*arguments):
+    """The same for a run that has to succeed: what it printed"""
+    status, said = attempt(*arguments)
+    assert status == 0, said
+    return said
 
 
-def settle(text, arguments=(), monkeypatch=None):
-    """The settings of a train.py whose source is `text`."""
-    spec = importlib.util.spec_from_loader("edited_train", loader=None)
-    module = importlib.util.module_from_spec(spec)
-    path = Path(monkeypatch.tmp) / "train.py"
-    path.write_text(text)
-    module.__file__ = str(path)
-    exec(compile(text, str(path), "exec"), module.__dict__)
-    return module.settle([f"--out_dir={monkeypatch.tmp}/out", *arguments])[0]
+def read(out, name="ckpt.pt"):
+    return torch.load(Path(out, name), weights_only=True)
+
+
+def untimed(out):
+    """The rows of a log without what the clock says."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_sec")} for row in rows(out)]
+
+
+def differences(one, other):
+    """What is not the same in two finished runs; and files of the second one that should not be there."""
+    a, b = read(one), read(other)
+    found = [f"{name} {a[name]} {b[name]}" for name in ("step", "skipped", "scaler") if a[name] != b[name]]
+    found += [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
+    states = a["optimizer"]["state"], b["optimizer"]["state"]
+    assert states[0].keys() == states[1].keys() and states[0]
+    found += [f"{name} {i}" for i, state in states[0].items() for name in state
+              if not torch.equal(state[name], states[1][i][name])]
+    found += ["log"] * (untimed(one) != untimed(other))
+    return found + [name for name in os.listdir(other)
+                    if not re.fullmatch(r"ckpt(\.prev|\.\d+)?\.pt|ckpt\.damaged|log\.jsonl|\.lock", name)]
+
+
+def assert_close(one, other, names=LOSSES, tolerance=2e-4):
+    """The training steps of two runs have the same losses and gradient norms, up to rounding."""
+    for a, b in zip(rows(one, "train"), rows(other, "train"), strict=True):
+        assert {n: a[n] for n in names} == pytest.approx({n: b[n] for n in names}, rel=tolerance), a["step"]
+
+
+def at_row(step, action, monkeypatch):
+    """Calls action() once, when the row of this training step is written."""
+    write, times = train.Log.write, []
+
+    def acting(self, split, number, *more):
+        write(self, split, number, *more)
+        if (split, number) == ("train", step) and not times:
+            times.append(1)
+            action()
+
+    monkeypatch.setattr(train.Log, "write", acting)
+
+
+@contextlib.contextmanager
+def each_moment(out):
+    """A list of what `out` holds before each step of a run on the way to the disk: what a kill leaves."""
+    moments, save = [], torch.save
+
+    def note():
+        moment = {file.name: file.read_bytes() for file in out.iterdir()} if out.exists() else {}
+        if moment not in moments[-1:]:
+            moments.append(moment)
+
+    def noted(function):
+        def call(*arguments, **more):
+            note()
+            return function(*arguments, **more)
+        return call
+
+    def save_in_two_parts(content, file):
+        file.write(b"half a checkpoint")
+        file.flush()
+        note()
+        file.seek(0)
+        save(content, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save_in_two_parts)
+        for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (train.Log, "write")):
+            patch.setattr(owner, name, noted(getattr(owner, name)))
+        yield moments
+
+
+def put(moment, out):
+    """Makes `out` what it was at that moment."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for name, content in moment.items():
+        (out / name).write_bytes(content)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
 
 
 @pytest.fixture
-def edited(tmp_path):
-    """edited({"max_steps": "7"}, arguments): the settings after editing these constants in train.py."""
-
-    def edit(constants, arguments=()):
-        text = (ROOT / "train.py").read_text()
-        for name, value in constants.items():
-            text, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", text, flags=re.M)
-            assert found == 1
-        holder = type("Holder", (), {"tmp": tmp_path})
-        return settle(text, arguments, holder)
-
+def edited(tmp_path, monkeypatch):
+    """edited(pattern, replacement): read_settings of a train.py, or model.py, in which that was edited."""
+    def edit(pattern="", replacement=""):
+        found, folder = 0, tmp_path / f"edited{len(os.listdir(tmp_path))}"
+        folder.mkdir()
+        for name in ("train.py", "model.py"):
+            text = (ROOT / name).read_text()
+            if pattern:
+                text, times = re.subn(pattern, replacement, text, flags=re.M)
+                found += times
+            (folder / name).write_text(text)
+            monkeypatch.delitem(sys.modules, name[:-3], raising=False)
+        assert found == bool(pattern)
+        monkeypatch.syspath_prepend(folder)
+        return importlib.import_module("train").read_settings
     return edit
 
 
-def test_command_line_goes_before_edited_constant_before_preset(edited):
-    assert edited({})["learning_rate"] == train.TRAINING["tiny"]["learning_rate"]
-    assert edited({"learning_rate": "3e-4"})["learning_rate"] == 3e-4
-    assert edited({"learning_rate": "3e-4  # mine"}, ["--learning_rate=0.1", "--learning_rate=0.2"])["learning_rate"] == 0.2
-    assert edited({"preset": '"base"'})["max_steps"] == 125_000
-    assert edited({"preset": '"base"', "max_steps": "10 * 7"}, ["--preset=small"])["max_steps"] == 70
-    assert edited({"crop": "0.5", "lm_loss": '"weighted"'})["crop"] == 0.5
+def test_the_command_line_overrides_an_edited_constant_and_that_the_preset(edited):
+    assert edited()([]).max_steps == 1300
+    assert edited()(["--preset=base"]).max_steps == 125_000
+    assert edited("^max_steps: Count", "max_steps: Count = 7")(["--preset=base"]).max_steps == 7
+    assert edited("^max_steps: Count", "max_steps: Count = 7")(["--max_steps=8"]).max_steps == 8
+    assert edited("^preset: (.*) = .tiny.", r"preset: \1 = 'base'")([]).layers == 12
+    assert edited("max_steps=1300", "max_steps=10")([]).max_steps == 10  # in SCHEDULES
+    assert edited("layers=2, width=128", "layers=3, width=128")([]).layers == 3  # in PRESETS
+    assert edited("^    crop: (.*) = 0.9", r"    crop: \1 = 0.5")([]).crop == 0.5  # in Config
+    assert edited("^    crop: (.*) = 0.9", r"    crop: \1 = 0.5")(["--crop", "0.7"]).crop == 0.7
 
 
-@pytest.mark.parametrize("constants", [{"max_steps": "'7'"}, {"max_steps": "0"}, {"crop": "2.0"}, {"contrastive": "3"},
-                                       {"preset": "'tony'"}, {"learning_rate": "float('nan')"}, {"layers": "2.5"}])
-def test_edited_constants_are_checked(edited, constants):
-    if constants == {"max_steps": "'7'"}:
-        assert edited(constants)["max_steps"] == 7  # a number all the same
-        return
-    with pytest.raises(Exception, match=f"{next(iter(constants))}"):
-        edited(constants)
+@pytest.mark.parametrize("pattern, replacement", [
+    ("^max_steps: Count", "max_steps: Count = 0"),
+    ("^learning_rate: (.*)  #", r"learning_rate: \1 = float('nan')  #"),
+    ("^preset: (.*) = .tiny.", r"preset: \1 = 'tony'"), ("^overwrite: bool = False", "overwrite: bool = 3"),
+    ("^    crop: (.*) = 0.9", r"    crop: \1 = 2.0"), ("max_steps=1300", "max_steps=0"),
+    ("layers=2, width=128", "layers=2.5, width=128")])
+def test_edited_constants_are_checked(edited, pattern, replacement):
+    name = re.search(r"\w+", pattern)[0]
+    with pytest.raises(Exception, match=name) as error:
+        edited(pattern, replacement)([])
+    assert type(error.value).__name__ == "InputError"
 
 
-def test_a_constant_that_does_not_exist_is_refused(tmp_path):
-    text = (ROOT / "train.py").read_text().replace("\nseed = 0", "\nsede = 1\nseed = 0")
-    with pytest.raises(Exception, match='no constant sede, did you mean "seed"'):
-        settle(text, (), type("Holder", (), {"tmp": tmp_path}))
+def test_every_constant_has_a_type_a_reason_and_a_default_that_passes_its_own_check():
+    owners = train, model.Config
+    parser = data.Parser("", *owners, without=("vocab_size", "pad_id", "mask_id"))
+    parser.parse_args([])
+    helps = {action.dest: action.help for action in parser._actions}
+    assert all(len(reason) > 5 for reason in helps.values()), helps
+    plain = [n for n, value in vars(train).items() if type(value) in (bool, int, float, str) and n.islower()]
+    assert {name for name in plain if not name.startswith("_")} <= helps.keys()
 
 
-def test_every_constant_has_a_reason_and_a_check():
-    options = train.read_constants(train.__file__, vars(train), train.ALLOWED)
-    assert set(options) == set(train.ALLOWED)
-    assert all(len(reason) > 5 for _, _, reason in options.values())
+def test_values_of_the_presets():
+    table = """
+    preset  max_len layers width heads ffn_width auxiliary_layers relative_bins max_distance dropout
+    tiny    128     2      128   4     512       1                32            128          0.0
+    small   512     12     256   4     1024      2                32            128          0.1
+    base    512     12     768   12    3072      4                32            128          0.1
+    base++  512     12     768   12    3072      4                64            128          0.1
+    large++ 512     24     1024  16    4096      6                128           256          0.1
+
+    preset   batch_size micro_batch_size max_steps warmup_steps learning_rate eval_interval eval_batches
+    tiny     16         16               1300      300          0.0015        650           16
+    small    256        32               100000    5000         0.0005        1000          8
+    base     2048       32               125000    10000        0.0005        1000          8
+    base++   2048       32               2000000   10000        0.0005        1000          8
+    large++  2048       16               2000000   10000        0.0003        1000          8
+    """
+    for names, *lines in (part.strip().split("\n") for part in table.split("\n\n")):
+        for line in lines:
+            expected = dict(zip(names.split(), line.split(), strict=True))
+            args = vars(train.read_settings([f"--preset={expected['preset']}"]))
+            assert {name: str(args[name]) for name in expected} == expected
+            assert args["relative_init"] == ("local" if args["preset"] == "tiny" else "normal")
 
 
-def test_presets_are_complete():
-    for preset in train.PRESETS:
-        settings, _ = train.settle([f"--preset={preset}", "--out_dir=/nonexistent/out"])
-        assert all(settings[name] is not None for name in train.ALLOWED)
+@pytest.mark.parametrize("arguments, named", [
+    ("--max_step=3", "max_step"), ("--max_steps=many", "max_steps"), ("--max_steps", "max_steps"),
+    ("extra", "extra"), ("--crop=1.5", "crop"), ("--learning_rate=nan", "learning_rate"),
+    ("--contrastive=maybe", "contrastive"), ("--preset=huge", "preset"), ("--heads=3", "heads"),
+    ("--batch_size=9 --micro_batch_size=2", "micro_batch_size"), ("--corruption=frozen", "auxiliary_from"),
+    ("--batch_size=1 --micro_batch_size=1", "micro_batch_size"), ("--auxiliary_from=x", "corruption"),
+    ("--token_task=rtd --lm_loss=weighted", "lm_loss"), ("--device=mps", "mps"), ("--dataset=toi", "toi"),
+    ("--batch_size=120000 --micro_batch_size=6", "train.bin"),
+    ("--batch_size=516 --micro_batch_size=516", "val.bin"), ("--init_from=resume", "no checkpoint"),
+    ("--init_from=/nowhere/ckpt.pt", "/nowhere/ckpt.pt"), ("--init_from=/tmp", "/tmp"),
+    ("--init_from=", "init_from"), ("--out_dir=", "out_dir"), ("--out_dir=/dev/null/out", "/dev/null")])
+def test_bad_input_is_one_sentence_and_leaves_nothing(options, tmp_path, arguments, named):
+    status, said = attempt(*options, f"--out_dir={tmp_path}/out", *arguments.split())
+    *before, last = said.splitlines()
+    assert status == 2 and named in last and os.listdir(tmp_path) == []
+    assert not before or named == "/dev/null"  # the folder is made last, after the report
 
 
-@pytest.mark.parametrize("argument, message", [
-    ("--max_step=3", 'no option --max_step, did you mean "max_steps"'),
-    ("--max_steps=many", "--max_steps has to be a whole number"),
-    ("--crop=1.5", "--crop has to be a number from 0.01 to 1.0"),
-    ("--learning_rate=nan", "--learning_rate has to be a number"),
-    ("--contrastive=maybe", "--contrastive has to be True or False"),
-    ("--preset=huge", "--preset has to be one of tiny, small"),
-    ("--max_steps", "equals sign"),
-    ("extra", "unexpected 'extra'"),
-    ("--batch_size=9 --micro_batch_size=2", "batch_size=9 cannot be split over 1 processes with micro_batch_size=2"),
-    ("--corruption=frozen", "auxiliary_from"),
-    ("--auxiliary_from=x", "auxiliary_from"),
-    ("--token_task=rtd --lm_loss=weighted", "lm_loss=weighted has no effect"),
-    ("--heads=3", "width=32 cannot be split over heads=3"),
-    ("--dataset=toi", 'did you mean "toy"'),
-    ("--device=mps", "not available"),
-    ("--batch_size=100000", "too little text: .*train.bin has"),
-    ("--batch_size=512 --micro_batch_size=512", "too little text: .*val.bin has"),
-    ("--init_from=resume", "does not exist"),
-    ("--init_from=/nowhere/ckpt.pt", "does not exist"),
-    ("--out_dir=/dev/null/out", "/dev/null"),
-    ("--out_dir=", "out_dir is empty"),
-    ("--init_from=", "init_from is empty"),
-    ("--init_from=/tmp", "/tmp cannot be read .Is a directory.: name a checkpoint"),
-])
-def test_bad_input_is_one_sentence_and_leaves_nothing(options, argument, message, tmp_path):
-    with pytest.raises(data.InputError, match=message) as error:
-        run([*options, *argument.split()])
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
+def test_bad_input_of_two_processes_is_said_once(options, tmp_path):
+    nodes = [["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--nproc_per_node=2"]]
+    _, said = finish(start(*options, f"--out_dir={tmp_path}/out", "--dataset=nothing",
+                            "--micro_batch_size=6", nodes=nodes))
+    assert said.count("train.py, process") == said.count("nothing; make it") == 1
+    assert "exitcode  : 2" in said and not (tmp_path / "out").exists()
 
 
-def test_exit_status_and_standard_error(options):
-    command = [sys.executable, str(ROOT / "train.py"), *options, "--max_step=3"]
-    said = subprocess.run(command, capture_output=True, text=True)
-    assert said.returncode == 2 and said.stdout == ""
-    assert said.stderr == 'train.py: there is no option --max_step, did you mean "max_steps"?\n'
-
-
-def test_an_error_of_several_processes_is_said_once(options):
-    process = stress.torchrun(*options, "--dataset=nothing")
-    _, err = process.communicate()
-    assert process.returncode != 0
-    assert err.count("there is no corpus") == 1
-
-
-# --- the pieces
+# ------------------------------------------------------------------------------------------------------------
+# The parts of a step
 
 
 def test_learning_rate_schedule():
-    settings = {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 12}
-    rates = [train.learning_rate_at(step, settings) for step in range(12)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    np.testing.assert_allclose(rates[5:], [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    assert train.learning_rate_at(0, {**settings, "warmup_steps": 0}) == 1.0
+    args = argparse.Namespace(learning_rate=1.0, warmup_steps=4, max_steps=12)
+    rates = [train.learning_rate_at(step, args) for step in range(12)]
+    assert [8 * rate for rate in rates] == pytest.approx([2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 1])
+    args.warmup_steps = 0
+    assert train.learning_rate_at(0, args) == 1
+    args.warmup_steps = 100  # longer than the run
+    assert [train.learning_rate_at(step, args) for step in (0, 11)] == pytest.approx([1 / 12, 1])
 
 
 def test_area_under_roc():
@@ -196,374 +318,600 @@ def test_area_under_roc():
 
 
 def test_biases_and_norms_are_not_decayed():
-    model = train.COCOLM(train.Config.from_preset("tiny", vocab_size=300))
-    decayed, free = train.make_optimizer(model, {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.98, "epsilon": 1e-6},
-                                         torch.device("cpu")).param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
+    coco = train.COCOLM(train.Config.from_preset("tiny", vocab_size=300))
+    decayed, free = train.make_optimizer(coco, train.read_settings(["--weight_decay=0.1"])).param_groups
+    names = {id(p): name for name, p in coco.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
     assert all(re.search(r"bias|norm|scl_head.2|transform.2", names[id(p)]) for p in free["params"])
-    assert not any(names[id(p)].endswith("bias") for p in decayed["params"])
+    assert not any(re.search(r"bias$|norm", names[id(p)]) for p in decayed["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(names)
 
 
-# --- a run
+def test_one_look_at_the_device_a_step(options, tmp_path, monkeypatch):
+    """A step that is not logged moves one thing from the device to the host: its flags."""
+    looks, counts = [], []
+    for name in ("tolist", "item", "__bool__", "__float__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, o=original, n=name: looks.append(n) or o(*a))
+    for steps in (3, 8):
+        looks.clear()
+        run(*options, f"--out_dir={tmp_path}/{steps}", f"--max_steps={steps}", "--log_interval=100",
+            "--eval_interval=100", "--checkpoint_interval=100")
+        counts.append(len(looks))
+    assert counts[1] - counts[0] == 5
 
 
-def test_a_run_from_start_to_end(options, tmp_path, capsys):
-    run([*options, "--max_steps=4", "--eval_interval=2", "--checkpoint_interval=3"])
-    printed = capsys.readouterr().out
-    for word in ("versions", "device", "parameters", "negatives", "main corrects to", "nothing learned", "copy_auc"):
-        assert word in printed
-    header = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[0])
-    assert header["constants"]["max_steps"] == 4 and "torch" in header["versions"] and "split" not in header
-    assert [row["step"] for row in rows(tmp_path / "out", "train")] == [1, 2, 3, 4]
-    assert [row["step"] for row in rows(tmp_path / "out", "val")] == [0, 2, 4]
-    losses = {"loss", "mlm_loss", "copy_loss", "lm_loss", "scl_loss"}
+def test_memory_is_kept_where_there_is_glibc_only(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    for library in (missing, lambda name: argparse.Namespace()):
+        monkeypatch.setattr(ctypes, "CDLL", library)
+        train.keep_memory()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def nobody_reads():
+    """Makes the output a closed pipe, as `| head -3` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = open(writer, "w")
+
+
+def test_the_command_whose_output_nobody_reads(options, finished, tmp_path):
+    statuses, said = finish(start(*options, f"--out_dir={tmp_path}", before=nobody_reads))
+    assert (statuses, said) == ([0], "")  # no traceback
+    assert differences(finished, tmp_path) == []
+
+
+def test_a_run_from_start_to_end(options, tmp_path):
+    out = tmp_path / "out"
+    said = run(*options, f"--out_dir={out}", "--max_steps=4", "--eval_interval=2", "--checkpoint_interval=3")
+    for word in ("device", "parameters", "negatives", "main corrects to", "nothing learned", "copy_auc"):
+        assert word in said
+    assert max(map(len, said.replace(str(out), "out").splitlines())) <= 100
+
+    header = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert {"date", "device", "dtype", "compiled", "parameters", "config", "constants"} <= header.keys()
+    assert header["constants"]["max_steps"] == 4 and header["dtype"] == "float32"
+    assert {"python", "torch", "numpy", "tiktoken"} <= header["versions"].keys()
+    assert [row["step"] for row in rows(out, "train")] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(out, "val")] == [0, 2, 4]
     statistics = {"mlm_accuracy", "replaced_fraction", "copy_accuracy_original", "copy_accuracy_replaced",
                   "lm_accuracy_replaced", "scl_accuracy", "alignment", "uniformity", "mean_cosine"}
-    for row in rows(tmp_path / "out"):
-        assert losses | statistics | {"tokens", "seconds"} <= set(row)
-        assert row["loss"] == pytest.approx(row["mlm_loss"] + 50 * row["copy_loss"] + row["lm_loss"] + row["scl_loss"], rel=1e-5)
+    for row in rows(out):
         extra = {"copy_auc"} if row["split"] == "val" else {"lr", "grad_norm", "tokens_per_sec", "mfu"}
-        assert extra <= set(row)
-    assert rows(tmp_path / "out", "train")[-1]["tokens"] == 4 * 8 * 32
-    checkpoint = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "step", "config", "constants", "tokenizer", "versions"}
-    assert checkpoint["step"] == 4
-    assert torch.load(tmp_path / "out/ckpt.prev.pt", weights_only=True)["step"] == 3
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["ckpt.prev.pt", "ckpt.pt", "log.jsonl"]
-    model, tokenizer = train.load_checkpoint(tmp_path / "out/ckpt.pt")
-    assert not model.training and tokenizer.decode(tokenizer.encode("bada")) == "bada"
-    assert_same_weights(dict(model.state_dict()), checkpoint["model"])
-    assert model.main(torch.tensor([[tokenizer.cls_id, 5, 6]])).shape == (1, 3, 32)
+        assert row.keys() == {"split", "step", "tokens", "seconds", *LOSSES, *statistics, *extra}
+        total = row["mlm_loss"] + 50 * row["copy_loss"] + row["lm_loss"] + row["scl_loss"]
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+        assert row["tokens"] == row["step"] * 12 * 32 and row.get("mfu") is None
 
-
-def test_dropout_and_a_second_pass_of_the_auxiliary_are_repeatable(options, tmp_path):
-    for name in "ab":
-        run([*options, f"--out_dir={tmp_path}/{name}", "--dropout=0.2", "--auxiliary_dropout=0.1"])
-    assert_same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    run([*options, f"--out_dir={tmp_path}/c", "--dropout=0.2", "--auxiliary_dropout=0.1", "--seed=1"])
-    assert untimed(tmp_path / "a") != untimed(tmp_path / "c")
+    assert {"model", "optimizer", "step", "config", "tokenizer"} <= read(out).keys()
+    assert (read(out)["step"], read(out, "ckpt.prev.pt")["step"]) == (4, 3)
+    coco, tokenizer = train.load_checkpoint(out / "ckpt.pt")
+    assert not coco.training and tokenizer.decode(tokenizer.encode("bada")) == "bada"
+    assert all(torch.equal(tensor, read(out)["model"][name]) for name, tensor in coco.state_dict().items())
+    assert coco.main(torch.tensor([[tokenizer.cls_id, 5, 6]])).shape == (1, 3, 32)
 
 
 @pytest.mark.parametrize("ablation", [
-    "--token_task=rtd --contrastive=False", "--contrastive=False", "--token_task=rtd", "--relative_positions=False",
-    "--auxiliary_layers=2 --auxiliary_width=16", "--corruption=random", "--token_task=all_token_mlm",
-    "--copy_mechanism=False", "--stop_gradient=False", "--crop=0.5", "--token_task=mlm",
-    "--token_task=mlm --contrastive=False", "--lm_loss=weighted", "--auxiliary_dropout=0.1", "--dropout=0.1",
-    "--temperature=0.2", "--lambda_copy=1", "--lambda_scl=0.5", "--gather_negatives=False", "--relative_init=normal",
-    "--mask_fraction=0.3", "--dtype=bfloat16", "--dtype=float16", "--micro_batch_size=2", "--grad_clip=0"])
-def test_each_ablation_trains_three_steps(options, tmp_path, ablation, capsys):
-    run([*options, *ablation.split()])
-    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "out"))
-    assert len(rows(tmp_path / "out", "train")) == 3
-    header = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[0])
+    "--token_task=rtd --contrastive=False", "--contrastive=False", "--token_task=rtd",
+    "--relative_positions=False", "--auxiliary_layers=2 --auxiliary_width=16", "--corruption=random",
+    "--token_task=all_token_mlm", "--copy_mechanism=False", "--stop_gradient=False", "--crop=0.5",
+    "--token_task=mlm", "--token_task=mlm --contrastive=False", "--lm_loss=weighted",
+    "--auxiliary_dropout=0.1", "--dropout=0.0", "--temperature=0.2", "--lambda_copy=1.0",
+    "--lambda_scl=0.5", "--gather_negatives=False", "--relative_init=local", "--mask_fraction=0.3",
+    "--grad_clip=0.0", "--dtype=bfloat16", "--dtype=float16"])
+def test_each_ablation_trains(options, tmp_path, ablation):
+    run(*options, f"--out_dir={tmp_path}", "--max_steps=3", *ablation.split())
+    assert [row["step"] for row in rows(tmp_path, "train")] == [1, 2, 3]
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+    constants = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["constants"]
     for option in ablation.split():
         name, value = option[2:].split("=")
-        assert str(header["constants"][name]) in (value, value + ".0")
+        assert str(constants[name]) == value
 
 
-def test_frozen_auxiliary(options, tmp_path):
-    run([*options, f"--out_dir={tmp_path}/first"])
-    run([*options, "--corruption=frozen", f"--auxiliary_from={tmp_path}/first/ckpt.pt"])
-    first, second = weights(tmp_path / "first"), weights(tmp_path / "out")
-    for name in first:
-        if name.startswith("auxiliary."):
-            assert torch.equal(first[name], second[name])  # taken over, and not trained
-    assert not torch.equal(second["main.embeddings.tokens.weight"], second["auxiliary.embeddings.tokens.weight"])
-    train.load_checkpoint(tmp_path / "out/ckpt.pt")
-    run([*options, f"--out_dir={tmp_path}/random", "--corruption=random"])
-    with pytest.raises(data.InputError, match="has no auxiliary"):
-        run([*options, "--overwrite=True", "--corruption=frozen", f"--auxiliary_from={tmp_path}/random/ckpt.pt"])
+def test_another_seed_is_another_run(options, finished, tmp_path):
+    run(*options, f"--out_dir={tmp_path}/out", "--seed=1")
+    assert all(a["loss"] != b["loss"] for a, b in zip(rows(finished), rows(tmp_path / "out"), strict=True))
 
 
-def test_start_from_a_run_with_a_frozen_auxiliary(options, tmp_path):
-    run([*options, f"--out_dir={tmp_path}/first"])
-    run([*options, "--corruption=frozen", f"--auxiliary_from={tmp_path}/first/ckpt.pt"])
-    run([*options, f"--out_dir={tmp_path}/next", f"--init_from={tmp_path}/out/ckpt.pt", "--learning_rate=0.0"])
-    theirs, ours = weights(tmp_path / "out"), weights(tmp_path / "next")
-    assert_same_weights(*[{n: w for n, w in each.items() if n.startswith("main.")} for each in (theirs, ours)])
+def test_a_frozen_auxiliary_is_taken_over_and_not_trained(options, finished, tmp_path):
+    frozen = ["--corruption=frozen", f"--auxiliary_from={finished}/ckpt.pt"]
+    run(*options, f"--out_dir={tmp_path}/frozen", *frozen)
+    before, after = read(finished)["model"], read(tmp_path / "frozen")["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("auxiliary."))
+    tokens = "embeddings.tokens.weight"
+    assert not torch.equal(after[f"main.{tokens}"], after[f"auxiliary.{tokens}"])
+
+    # such a run is resumed, loaded, and its main model is the start of another
+    cut_back(tmp_path / "frozen", tmp_path / "resumed")
+    run(*options, f"--out_dir={tmp_path}/resumed", *frozen, "--init_from=resume")
+    assert differences(tmp_path / "frozen", tmp_path / "resumed") == []
+    train.load_checkpoint(tmp_path / "frozen/ckpt.pt")
+    run(*options, f"--out_dir={tmp_path}/next", f"--init_from={tmp_path}/frozen/ckpt.pt", "--learning_rate=0")
+    last = read(tmp_path / "next")["model"]
+    assert all(torch.equal(after[name], last[name]) for name in after if name.startswith("main."))
+
+    # a run without an auxiliary has none to give
+    run(*options, f"--out_dir={tmp_path}/random", "--corruption=random")
+    frozen[1] = f"--auxiliary_from={tmp_path}/random/ckpt.pt"
+    status, said = attempt(*options, f"--out_dir={tmp_path}/x", *frozen)
+    assert status == 2 and "has no auxiliary" in said and not (tmp_path / "x").exists()
 
 
-# --- several processes, accumulation
+def test_start_from_the_weights_of_another_run(options, finished, tmp_path):
+    command = [*options, f"--out_dir={tmp_path}/next", f"--init_from={finished}/ckpt.pt", "--learning_rate=0"]
+    run(*command)
+    before, after = read(finished)["model"], read(tmp_path / "next")["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    runs.make_corpus(tmp_path, "other", vocab_size=300)
+    for change, named in (("--layers=2", "layers"), (f"--data_dir={tmp_path} --dataset=other", "vocabulary")):
+        status, said = attempt(*command, f"--out_dir={tmp_path}/x", *change.split())
+        assert status == 2 and named in said and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("hardware, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+                                            ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12)])
+def test_model_flops_utilization_where_the_peak_is_known(options, tmp_path, monkeypatch, hardware, peak):
+    monkeypatch.setattr(platform, "machine", lambda: hardware)
+    run(*options, f"--out_dir={tmp_path}", "--max_steps=1", "--dtype=bfloat16")
+    (row,) = rows(tmp_path, "train")
+    flops = model.flops(train.Config(**read(tmp_path)["config"]))
+    assert row["mfu"] == pytest.approx(row["tokens_per_sec"] / 32 * flops / peak, rel=1e-2)
+
+
+def test_recompute_gives_the_same_run(options, tmp_path, monkeypatch):
+    three, times = [*options, "--layers=3", "--max_steps=3"], []
+    run(*three, f"--out_dir={tmp_path}/kept")
+    original = model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *a, **k: times.append(1) or original(*a, **k))
+    run(*three, f"--out_dir={tmp_path}/recomputed", "--recompute=True")
+    assert differences(tmp_path / "kept", tmp_path / "recomputed") == [] and times
+
+
+def test_a_compiled_run_equals_an_eager_one(options, tmp_path, monkeypatch):
+    """Its three kinds of pass (training, with statistics, validation) are a graph each, without a break."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    alike = [*options, "--dropout=0.0", "--log_interval=2"]
+    run(*alike, f"--out_dir={tmp_path}/eager")
+    run(*alike, f"--out_dir={tmp_path}/compiled", "--compile=True")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert_close(tmp_path / "eager", tmp_path / "compiled", tolerance=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Accumulation and several processes
 
 
 def test_accumulation_equals_one_big_batch(options, tmp_path):
-    options = [*options, "--dtype=float32"]
-    for micro in (8, 2):  # without negatives, which a smaller pass has fewer of
-        run([*options, f"--out_dir={tmp_path}/{micro}", f"--micro_batch_size={micro}", "--contrastive=False"])
-    assert_same_weights(weights(tmp_path / "8"), weights(tmp_path / "2"), tolerance=2e-6)
-    for a, b in zip(rows(tmp_path / "8"), rows(tmp_path / "2")):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    alike = [*options, "--contrastive=False", "--dropout=0.0"]  # a smaller pass has fewer negatives
+    for micro in (12, 3):
+        run(*alike, f"--out_dir={tmp_path}/{micro}", f"--micro_batch_size={micro}")
+    assert_close(tmp_path / "12", tmp_path / "3", ("loss", "mlm_loss", "copy_loss", "lm_loss", "grad_norm"))
+    one, other = (read(tmp_path / name)["model"] for name in ("12", "3"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=5e-6, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("processes, accumulation", [(2, 2), (4, 1)])
-def test_several_processes_equal_one(options, tmp_path, processes, accumulation):
-    micro, options = 8 // accumulation, [*options, "--dtype=float32"]
-    run([*options, f"--out_dir={tmp_path}/one", f"--micro_batch_size={micro}"])
-    started = stress.start(*options, f"--micro_batch_size={micro // processes}", processes=processes)
-    statuses, said = stress.finish(started)
+@pytest.mark.parametrize("processes, micro", [(2, 6), (4, 12)])
+def test_several_processes_equal_one(options, tmp_path, processes, micro):
+    alike = [*options, "--dropout=0.0"]
+    several = start(*alike, f"--out_dir={tmp_path}/several", f"--micro_batch_size={micro // processes}",
+                    processes=processes)
+    run(*alike, f"--out_dir={tmp_path}/one", f"--micro_batch_size={micro}")
+    statuses, said = finish(several)
     assert set(statuses) == {0}, said
-    assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "out"), tolerance=5e-6)
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "out"), strict=True):
+    one, other = (read(tmp_path / name)["model"] for name in ("one", "several"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "several"), strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"seconds", "tokens_per_sec", "mfu", "split"}:
-            near_tie = 0.15 if name.endswith("accuracy") else 0  # rounding decides which of two is the nearest
+        for name in a.keys() - {"split", "seconds", "tokens_per_sec", "mfu"}:
+            near_tie = 0.15 if "accuracy" in name else 0  # rounding decides which of two is the nearest
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5 + near_tie), name
 
 
-# --- stopping and resuming
+def test_two_nodes(options, finished, tmp_path):
+    """Two torchruns with a process each, which resume at step 4."""
+    cut_back(finished, tmp_path / "out")
+    options_of_both = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={runs.free_port()}"]
+    nodes = [[*options_of_both, f"--node_rank={rank}"] for rank in range(2)]
+    statuses, said = finish(start(*options, f"--out_dir={tmp_path}/out", "--init_from=resume",
+                                  "--micro_batch_size=6", nodes=nodes))
+    assert statuses == [0, 0], said
+    assert read(tmp_path / "out")["step"] == 6
+    assert_close(finished, tmp_path / "out", ["loss"], 0.1)  # dropout is another one for two processes
 
 
-def stop_at(step):
-    """A Log that sends this process SIGTERM when the step is logged."""
-    original = train.Log.__call__
-
-    def call(self, split, number, *rest, **more):
-        original(self, split, number, *rest, **more)
-        if split == "train" and number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return call
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_sigterm_saves_and_says_how_to_go_on(options, tmp_path, monkeypatch, capsys, dtype):
-    settings = [*options, "--max_steps=8", "--dropout=0.1", "--micro_batch_size=4", f"--dtype={dtype}"]
-    run([*settings, f"--out_dir={tmp_path}/straight"])
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Log, "__call__", stop_at(3))
-        with pytest.raises(SystemExit) as stopped:
-            run(settings)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert "--init_from=resume" in capsys.readouterr().out
-    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] in (3, 4)
-    run([*options[:3], "--init_from=resume"])  # every other setting comes from the checkpoint
-    assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "out"))
-    assert untimed(tmp_path / "straight") == untimed(tmp_path / "out")
-    run([*options[:3], "--init_from=resume"])
-    assert "is finished" in capsys.readouterr().out
+@pytest.mark.parametrize("what", ["text", "checkpoints"])
+def test_processes_that_read_different_files_are_refused(options, corpus, finished, tmp_path, what):
+    outs = [cut_back(finished, tmp_path / "out"), shutil.copytree(finished, tmp_path / "later")]
+    runs.make_corpus(tmp_path, seed=2)
+    each = [["--init_from=resume", f"--out_dir={out}", "--max_steps=9"] for out in outs]
+    if what == "text":
+        each = [[f"--out_dir={tmp_path}/new", f"--data_dir={folder}"] for folder in (corpus.parent, tmp_path)]
+    first, second = start(*options, "--micro_batch_size=3", processes=2, each=each)
+    statuses, said = finish([first])
+    finish([second], seconds=0)
+    assert statuses == [2] and "all processes need the same" in said
+    assert not (tmp_path / "new").exists() and read(outs[0])["step"] == 4 and read(outs[1])["step"] == 6
 
 
-def test_what_a_resumed_run_may_change(options, tmp_path):
-    run(options)
-    for change in ("--learning_rate=0.5", "--layers=3", "--seed=1", "--batch_size=4", "--preset=small"):
-        with pytest.raises(data.InputError, match="cannot be changed in a resumed run"):
-            run([*options[:3], "--init_from=resume", change])
-    run([*options[:3], "--init_from=resume", "--max_steps=5", "--eval_interval=1", "--micro_batch_size=4"])
-    assert [row["step"] for row in rows(tmp_path / "out", "train")] == [1, 2, 3, 4, 5]
+# ------------------------------------------------------------------------------------------------------------
+# Resuming
 
 
-def test_the_same_command_again_goes_on(options, tmp_path, capsys):
-    command = [*options, "--warmup_steps=10", "--init_from=resume_or_scratch"]
-    run(command)
-    assert "warmup_steps=10 is longer than the run: shortened to 3" in capsys.readouterr().out
-    run(command)
-    assert "is finished" in capsys.readouterr().out
-    run([*command, "--max_steps=20"])  # the warm-up is now what was asked for
-    assert rows(tmp_path / "out", "train")[-1]["step"] == 20
-    assert rows(tmp_path / "out", "train")[9]["lr"] == pytest.approx(train.TRAINING["tiny"]["learning_rate"])
+@pytest.mark.parametrize("variant", [
+    "--dtype=bfloat16", "--dtype=float16", "--micro_batch_size=4", "--auxiliary_dropout=0.1",
+    "--batch_size=240 --micro_batch_size=60 --eval_interval=6"])  # the last one: more than an epoch
+def test_a_resumed_run_equals_an_undisturbed_one(options, tmp_path, variant):
+    alike = [*options, *variant.split()]
+    run(*alike, f"--out_dir={tmp_path}/alone")
+    out = cut_back(tmp_path / "alone", tmp_path / "out")
+    run(*alike, f"--out_dir={out}", "--init_from=resume")
+    assert differences(tmp_path / "alone", out) == []
 
 
-def test_a_torn_log_is_mended(options, tmp_path):
-    run(options)
-    log = tmp_path / "out/log.jsonl"
-    log.write_bytes(log.read_bytes()[:-20] + b"\xff\n{")
-    run([*options[:3], "--init_from=resume", "--max_steps=5"])
-    assert [row["step"] for row in rows(tmp_path / "out", "train")] == [1, 2, 3, 4, 5]
+def test_killed_at_any_moment_on_the_way_to_the_disk(options, tmp_path):
+    """A run whose process is killed there is resumed, or begun anew if it has no checkpoint yet."""
+    short = [*options, "--max_steps=3", "--checkpoint_interval=1", "--keep_interval=2", "--eval_interval=9"]
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    with each_moment(alone) as moments:
+        run(*short, f"--out_dir={alone}")
+    assert any(moment.get("ckpt.partial") == b"half a checkpoint" for moment in moments)
+    for moment in moments:
+        put(moment, out)
+        how = "resume" if {"ckpt.pt", "ckpt.prev.pt"} & moment.keys() else "scratch"
+        run(*short, f"--out_dir={out}", f"--init_from={how}")
+        assert differences(alone, out) == [], sorted(moment)
+        assert read(out, "ckpt.2.pt")["step"] == 2 and not (out / "ckpt.3.pt").exists()
 
 
-def test_a_checkpoint_is_not_lost_because_only_the_one_before_is_left(options, tmp_path):
-    run([*options, "--checkpoint_interval=1"])
-    (tmp_path / "out/ckpt.pt").unlink()
-    for start in ("scratch", "resume", "resume_or_scratch"):
-        with pytest.raises(data.InputError, match="ckpt.prev.pt is there"):
-            run([*options, f"--init_from={start}"])
-    assert (tmp_path / "out/ckpt.prev.pt").exists()
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments(options, tmp_path, processes):
+    draw, out = random.Random(processes), tmp_path / "out"
+    alike = [*options, "--max_steps=16", "--eval_interval=10", f"--micro_batch_size={6 // processes}"]
+    command = [*alike, f"--out_dir={out}", "--init_from=resume_or_scratch"]
+    alone = start(*alike, f"--out_dir={tmp_path}/alone", processes=processes)
+    for kill in range(2):
+        started, last = start(*command, processes=processes), read_step(out)
+        wait_for(lambda: read_step(out) >= last + draw.randint(2, 5), started[0])
+        time.sleep(0.02 * draw.random())
+        draw.choice(started).kill()
+        time.sleep(0.05 * draw.random())
+        finish(started, seconds=0)  # torchrun ends the others as well
+    for each in (alone, start(*command, processes=processes)):
+        statuses, said = finish(each)
+        assert set(statuses) == {0}, said
+    assert differences(tmp_path / "alone", out) == []
 
 
-def test_a_full_disk_does_not_end_the_run(options, tmp_path):
-    program = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
-                     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')", str(ROOT / "train.py"))
-    (process,) = stress.start(*options, "--checkpoint_interval=1", program=program)
-    out, err = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in err
-    assert out.count("could not be written") == 2 and err.count("could not be written") == 1
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["log.jsonl"]
-    assert len(rows(tmp_path / "out", "train")) == 3
+def read_step(out):
+    """The last training step in a log, which is just being written; 0 without one"""
+    try:
+        return max((row["step"] for row in rows(out, "train")), default=0)
+    except ValueError:
+        return 0
 
 
-def test_a_folder_with_a_run_is_refused_unless_overwritten(options, tmp_path):
-    run(options)
-    before = (tmp_path / "out/ckpt.pt").read_bytes()
-    with pytest.raises(data.InputError, match="holds a run already"):
-        run(options)
-    assert (tmp_path / "out/ckpt.pt").read_bytes() == before
-    run([*options, "--overwrite=True", "--seed=5"])
-    assert len(rows(tmp_path / "out", "train")) == 3
+def test_torchrun_brings_a_killed_process_back(options, tmp_path):
+    alike, out = [*options, "--max_steps=12", "--micro_batch_size=6"], tmp_path / "out"
+    alone = start(*alike, f"--out_dir={tmp_path}/alone", processes=2)
+    nodes = [["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--nproc_per_node=2", "--max_restarts=2"]]
+    (launcher,) = start(*alike, f"--out_dir={out}", "--init_from=resume_or_scratch", nodes=nodes)
+    wait_for(lambda: read_step(out) >= 3, launcher)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    for each in (alone, [launcher]):
+        statuses, said = finish(each)
+        assert set(statuses) == {0}, said
+    assert "resuming from" in said and differences(tmp_path / "alone", out) == []
 
 
-def test_start_from_the_weights_of_another_run(options, tmp_path, corpus, capsys):
-    run(options)
-    run([*options, f"--out_dir={tmp_path}/next", f"--init_from={tmp_path}/out/ckpt.pt", "--learning_rate=0.0"])
-    assert_same_weights(weights(tmp_path / "out"), weights(tmp_path / "next"))
-    with pytest.raises(data.InputError, match="has layers=2, this run layers=3"):
-        run([*options, f"--out_dir={tmp_path}/x", f"--init_from={tmp_path}/out/ckpt.pt", "--layers=3"])
-    data.prepare([corpus / "toy.txt"], name="other", data_dir=str(tmp_path), vocab_size=300, val_fraction=0.1, workers=1)
-    with pytest.raises(data.InputError, match="another vocabulary"):
-        run([*options, f"--out_dir={tmp_path}/x", f"--init_from={tmp_path}/out/ckpt.pt", f"--data_dir={tmp_path}",
-             "--dataset=other"])
-    assert not (tmp_path / "x").exists()
+@pytest.mark.parametrize("processes, micro, names", [(2, 6, LOSSES), (1, 4, ("mlm_loss", "copy_loss"))])
+def test_resumed_with_another_split_of_the_batch(options, tmp_path, processes, micro, names):
+    """The sequences and masks stay. The number of negatives may not: then the run says so."""
+    alike, out = [*options, "--dropout=0.0"], tmp_path / "out"
+    run(*alike, f"--out_dir={tmp_path}/alone")
+    cut_back(tmp_path / "alone", out)
+    statuses, said = finish(start(*alike, f"--out_dir={out}", "--init_from=resume",
+                                  f"--micro_batch_size={micro}", processes=processes))
+    assert set(statuses) == {0}, said
+    assert ("6 negatives for each sequence vector, not 22" in said) == (micro == 4)
+    assert_close(tmp_path / "alone", out, names, tolerance=2e-4 if names == LOSSES else 1e-2)
+    (change,) = json.loads((out / "log.jsonl").read_text().splitlines()[0])["resumed"]
+    assert change["step"] == 4 and change["micro_batch_size"] == micro
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "other"])
-def test_a_damaged_checkpoint_is_refused(options, tmp_path, damage):
-    run(options)
-    path = tmp_path / "out/ckpt.pt"
-    if damage == "other":
-        torch.save({"weights": torch.zeros(3)}, path)
-    else:
-        content = path.read_bytes()
-        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"hello " * 100}[damage])
-    with pytest.raises(data.InputError, match="damaged or no checkpoint|is no checkpoint of train.py"):
-        run([*options[:3], "--init_from=resume", "--max_steps=5"])
+def test_what_a_resumed_run_may_change(options, halfway):
+    command = [*options, f"--out_dir={halfway}", "--init_from=resume"]
+    run(*command, "--max_steps=8", "--eval_interval=1", "--micro_batch_size=4", "--dtype=bfloat16",
+        "--log_interval=2", "--checkpoint_interval=3", "--keep_interval=4", "--recompute=True")
+    assert [row["step"] for row in rows(halfway, "train")] == [1, 2, 3, 4, 6, 8]
+    assert [row["step"] for row in rows(halfway, "val")] == [0, 3, 5, 6, 7, 8]
+    assert "is finished" in run(*command, "--max_steps=8")
+    run(*command, "--max_steps=9")
+    resumed = json.loads((halfway / "log.jsonl").read_text().splitlines()[0])["resumed"]
+    assert [change["step"] for change in resumed] == [4, 8] and resumed[0]["dtype"] == "bfloat16"
 
 
-def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "ckpt.pt"
-    train.write_checkpoint(path, {"step": 1})
-    train.write_checkpoint(path, {"step": 2})
-
-    def fails(checkpoint, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(data.InputError, match="No space left.*the last checkpoint stands"):
-        train.write_checkpoint(path, {"step": 3})
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["ckpt.prev.pt", "ckpt.pt"]
-    assert torch.load(path)["step"] == 2 and torch.load(tmp_path / "ckpt.prev.pt")["step"] == 1
+@pytest.mark.parametrize("change, wanted", [
+    ("--learning_rate=0.5", "--learning_rate=0.0015"), ("--layers=3", "--layers=1"),
+    ("--seed=1", "--seed=0"), ("--batch_size=24", "--batch_size=12"), ("--preset=small", "--preset=tiny"),
+    ("--crop=0.8", "--crop=0.9")])
+def test_what_a_resumed_run_may_not_change(options, halfway, change, wanted):
+    before = (halfway / "log.jsonl").read_bytes()
+    status, said = attempt(*options, f"--out_dir={halfway}", "--init_from=resume", change)
+    assert status == 2 and wanted in said and (halfway / "log.jsonl").read_bytes() == before
+    given = said[said.index("--"):].strip(" .\n").split()  # what it says, given as well
+    run(*options, f"--out_dir={halfway}", "--init_from=resume", change, *given)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch, capsys):
-    original, calls = train.COCOLM.forward, []
-
-    def forward(self, *arguments):
-        losses, statistics, predictions = original(self, *arguments)
-        calls.append(self.training)
-        if sum(calls) == 3:
-            losses["lm_loss"] = losses["lm_loss"] * math.nan
-            losses["loss"] = losses["loss"] * math.nan
-        return losses, statistics, predictions
-
-    monkeypatch.setattr(train.COCOLM, "forward", forward)
-    with pytest.raises(SystemExit) as stopped:
-        run([*options, "--max_steps=5", "--checkpoint_interval=1"])
-    assert stopped.value.code == 1
-    said = capsys.readouterr().err
-    assert "stopped at step 3" in said and "lm_loss" in said and "16 to 23" in said and "copy_loss of" not in said
-    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 2
+def test_a_run_is_not_resumed_with_other_text(options, halfway, tmp_path):
+    runs.make_corpus(tmp_path, seed=2)
+    status, said = attempt(*options, f"--out_dir={halfway}", "--init_from=resume", f"--data_dir={tmp_path}")
+    assert status == 2 and "same text" in said
 
 
-@pytest.mark.parametrize("which", [0, 2])
-def test_where_compiling_fails_the_run_goes_on(options, tmp_path, monkeypatch, capsys, which):
-    """Whichever of the passes it is: training, or evaluation."""
-    def stand_in(function, **options):
-        def compiled(batch, with_statistics):
-            kind = 2 if not torch.is_grad_enabled() else int(with_statistics)
-            if kind == which:
-                raise RuntimeError("no compiler here")
-            return function(batch, with_statistics)
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", stand_in)
-    run([*options, "--compile=True"])
-    assert "torch.compile failed, so the run goes on without it (RuntimeError: no compiler here)" in capsys.readouterr().out
-    assert len(rows(tmp_path / "out", "train")) == 3
+def test_a_torn_log_is_mended(options, finished, halfway):
+    log = halfway / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    kept = next(i for i, line in enumerate(lines) if b'"train", "step": 5' in line)
+    for torn in (b'{"split": "tr', b"\0\0\0\0\n{", b"\xff\n"):
+        log.write_bytes(b"".join(lines[:kept]) + torn)
+        shutil.copy(finished / "ckpt.prev.pt", halfway / "ckpt.pt")
+        run(*options, f"--out_dir={halfway}", "--init_from=resume")
+        assert differences(finished, halfway) == []
 
 
-def assert_compiled_equals_eager(corpus, dtype, recompute):
-    torch.manual_seed(0)
-    tokenizer = data.Tokenizer.load(corpus / "toy")
-    config = train.Config.from_preset("tiny", vocab_size=tokenizer.vocab_size, layers=1 + recompute, width=32,
-                                      heads=2, ffn_width=64, max_len=32)
-    model = train.COCOLM(config)
-    model.main.recompute = recompute
-    sequences = data.Sequences(corpus / "toy", "train", 32, config.masked, config.crop_len, 0)
-    batches = [train.to_device(sequences.batch(step, range(4), 4), torch.device("cpu")) for step in range(2)]
-
-    def all_kinds():
-        losses = []
-        for training, with_statistics in ((True, False), (True, True), (False, True)):
-            for batch in batches:
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(training):
-                    losses.append(model.train(training)(batch, None, with_statistics)[0]["loss"])
-                if training:
-                    losses[-1].backward()
-        return torch.stack(losses)
-
-    eager = all_kinds()
-    gradient, model.main.embeddings.tokens.weight.grad = model.main.embeddings.tokens.weight.grad, None
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model.passes = torch.compile(model.passes, dynamic=False, fullgraph=True, backend="aot_eager")
-    compiled = all_kinds()
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(eager, compiled, rtol=tolerance, atol=tolerance)
-    if dtype == torch.float32:
-        torch.testing.assert_close(gradient, model.main.embeddings.tokens.weight.grad, rtol=1e-4, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-    assert not torch._dynamo.utils.counters["graph_break"]
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints that are damaged, gone, or of another run
 
 
-def test_compiled_passes_are_one_graph_each_and_equal_eager(corpus):
-    """A run's three kinds of pass (training, the same with statistics, evaluation) are three graphs without a break."""
-    with stress.in_processes(2) as pool:
-        for done in [pool.submit(assert_compiled_equals_eager, corpus, *variant)
-                     for variant in ((torch.float32, False), (torch.bfloat16, True))]:
-            done.result()
+def damage(path, kind):
+    if kind == "gone":
+        return path.unlink()
+    raw = bytearray(path.read_bytes())
+    tensor = max(read(path.parent, path.name)["model"].values(), key=torch.numel).numpy().tobytes()
+    raw[raw.index(tensor[:64]) + 99] ^= 4  # torch.load alone would not notice
+    path.write_bytes({"truncated": raw[:len(raw) // 2], "zeroed": bytes(len(raw)), "empty": b"",
+                      "bit flipped": raw}[kind])
 
 
-def test_recompute_gives_the_same_run(options, tmp_path):
-    """The constant reaches the model, and no loss of the run changes."""
-    logs = []
-    for recompute in (False, True):
-        run([*options, "--layers=3", "--dropout=0.1", f"--recompute={recompute}", "--overwrite=True"])
-        logs.append([row["loss"] for row in rows(tmp_path / "out", "train")])
-    assert logs[0] == logs[1] and len(logs[0]) == 3
-    assert train.read_log(tmp_path / "out/log.jsonl")[0]["constants"]["recompute"] is True
+@pytest.mark.parametrize("kind", ["truncated", "zeroed", "empty", "bit flipped", "gone"])
+def test_the_checkpoint_before_a_damaged_one_is_used(options, finished, tmp_path, kind):
+    out, command = shutil.copytree(finished, tmp_path / "out"), [*options, f"--out_dir={tmp_path}/out"]
+    damage(out / "ckpt.pt", kind)
+    with pytest.raises(data.InputError, match="ckpt.pt"):
+        train.load_checkpoint(out / "ckpt.pt")
+    with each_moment(out) as moments:
+        said = run(*command, "--init_from=resume_or_scratch")
+    assert f"resuming from {out}/ckpt.prev.pt, step 4" in said
+    assert ("ckpt.pt is damaged" in said) == (kind != "gone")
+    assert differences(finished, out) == []
+    for moment in moments if kind == "bit flipped" else ():  # a kill loses nothing
+        put(moment, out)
+        run(*command, "--init_from=resume")
+        assert differences(finished, out) == [], sorted(moment)
 
 
-@pytest.mark.parametrize("name, teraflops", [
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362),
-    ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("Tesla T4", 65)])
-def test_peak_of_a_known_gpu(monkeypatch, name, teraflops):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert train.peak_flops(torch.device("cuda"), torch.bfloat16) == teraflops * 1e12
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(options, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    damage(out / "ckpt.pt", "truncated")
+    damage(out / "ckpt.prev.pt", "bit flipped")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    for how in ("resume", "resume_or_scratch", "scratch"):
+        status, said = attempt(*options, f"--out_dir={out}", f"--init_from={how}")
+        assert status == 2 and said.count("\n") == 1 and f"{out}/ckpt" in said
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
-def test_peak_of_a_cpu_is_measured():
-    n = 1024
-    x, start = torch.randn(n, n), time.perf_counter()
-    x @ x @ x @ x
-    at_least = 3 * 2 * n**3 / (time.perf_counter() - start)
-    assert 0.2 * at_least < train.peak_flops(torch.device("cpu"), torch.float32) < 1e14
+@pytest.mark.parametrize("left", ["ckpt.4.pt", "ckpt.prev.pt", "ckpt.pt"])
+def test_a_folder_with_a_checkpoint_is_not_begun_anew(options, finished, tmp_path, left):
+    shutil.copy(finished / "ckpt.pt", tmp_path / left)
+    ways = ["--init_from=scratch"]
+    if left == "ckpt.4.pt":
+        ways += ["--init_from=resume_or_scratch", "--init_from=resume_or_scratch --overwrite=True"]
+    for how in ways:
+        status, said = attempt(*options, f"--out_dir={tmp_path}", *how.split())
+        assert status == 2 and left in said and "--overwrite=True" in said
+    assert set(os.listdir(tmp_path)) - {".lock"} == {left}
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_kept():
-    """Large blocks that are freed and taken again are not asked of the system, page by page."""
-    source = """
-import resource, sys, torch, train
-if sys.argv[1] == "keep":
-    train.keep_memory()
-for _ in range(3):
-    torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    pair = [stress.start(how, program=("-c", source))[0] for how in ("keep", "give back")]
-    kept, given_back = (int(process.communicate()[0]) for process in pair)
-    assert kept < 0.1 * given_back
+def test_overwriting_deletes_the_files_of_a_run_alone(options, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for name in ("ckpt.4.pt", "ckpt.best.pt", "notes.txt"):
+        shutil.copy(out / "ckpt.pt", out / name)
+    run(*options, f"--out_dir={out}", "--overwrite=True", "--max_steps=2")
+    assert sorted(os.listdir(out)) == [".lock", "ckpt.best.pt", "ckpt.pt", "log.jsonl", "notes.txt"]
+    assert (out / "notes.txt").read_bytes() == (finished / "ckpt.pt").read_bytes()
+
+
+def test_a_checkpoint_of_another_version_is_refused(options, halfway):
+    checkpoint = read(halfway)
+    old = {name: checkpoint[name] for name in ("model", "optimizer", "step", "config", "tokenizer")}
+    torch.save(old | {"constants": checkpoint["settings"]}, halfway / "ckpt.pt")
+    status, said = attempt(*options, f"--out_dir={halfway}", "--init_from=resume")
+    assert status == 2 and said.count("\n") == 1 and "ckpt.pt" in said and "version" in said
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    torch.save({"model": Trap()}, tmp_path / "ckpt.pt")
+    with pytest.raises(data.InputError):
+        train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(options, finished, tmp_path, monkeypatch):
+    def second_run():
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        for how in ("--overwrite=True", "--init_from=resume"):
+            status, said = attempt(*options, f"--out_dir={tmp_path}", how)
+            assert status == 2 and f"{tmp_path} is in use" in said
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    at_row(4, second_run, monkeypatch)
+    run(*options, f"--out_dir={tmp_path}")
+    assert differences(finished, tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Full disks
+
+
+@pytest.fixture
+def limit():
+    """limit(n): no file may become larger than n bytes, as if the disk were full; limit(): as before."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_survives_a_disk_that_is_full_for_a_while(options, finished, tmp_path, monkeypatch, limit):
+    at_row(3, lambda: limit(100_000), monkeypatch)
+    at_row(5, limit, monkeypatch)
+    said = run(*options, f"--out_dir={tmp_path}")
+    assert said.count("warning: ") == said.count("ckpt.pt cannot be written") == 1
+    assert differences(finished, tmp_path) == []
+    assert read(tmp_path, "ckpt.prev.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_last_checkpoint_has_to_be_written(options, finished, tmp_path, monkeypatch, limit, stopped):
+    at_row(3, lambda: (limit(100_000), stopped and os.kill(os.getpid(), signal.SIGTERM)), monkeypatch)
+    status, said = attempt(*options, f"--out_dir={tmp_path}")
+    assert status == 2 and said.splitlines()[-1].startswith(f"{tmp_path}/ckpt.pt cannot be written")
+    assert sorted(os.listdir(tmp_path)) == [".lock", "ckpt.pt", "log.jsonl"] and read(tmp_path)["step"] == 2
+    limit()
+    run(*options, f"--out_dir={tmp_path}", "--init_from=resume")
+    assert differences(finished, tmp_path) == []
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(options, finished, tmp_path, monkeypatch, limit):
+    at_row(3, lambda: limit((tmp_path / "log.jsonl").stat().st_size + 50), monkeypatch)
+    status, said = attempt(*options, f"--out_dir={tmp_path}")
+    assert status == 2 and said.splitlines()[-1].startswith(f"{tmp_path}/log.jsonl cannot be written")
+    limit()
+    run(*options, f"--out_dir={tmp_path}", "--init_from=resume")
+    assert differences(finished, tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_saves_and_stops(options, finished, tmp_path, monkeypatch, name):
+    number = getattr(signal, name)
+    at_row(2, lambda: os.kill(os.getpid(), number), monkeypatch)
+    status, said = attempt(*options, f"--out_dir={tmp_path}")
+    assert status == 128 + number and name in said and "--init_from=resume" in said
+    assert read(tmp_path)["step"] == 3 == rows(tmp_path)[-1]["step"]
+    run(*options, f"--out_dir={tmp_path}", "--init_from=resume")
+    assert differences(finished, tmp_path) == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored(options, finished, tmp_path, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    at_row(2, lambda: os.kill(os.getpid(), signal.SIGHUP), monkeypatch)
+    run(*options, f"--out_dir={tmp_path}")
+    assert differences(finished, tmp_path) == []
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(options, tmp_path):
+    never = ["--max_steps=100000", "--eval_interval=100000", "--checkpoint_interval=100000"]
+    both = start(*options, *never, f"--out_dir={tmp_path}", "--micro_batch_size=3", processes=2)
+    wait_for(lambda: read_step(tmp_path) >= 3, both[0])
+    os.kill(both[1].pid, signal.SIGHUP)
+    statuses, said = finish(both)
+    assert statuses == [128 + signal.SIGHUP] * 2, said
+    assert read(tmp_path)["step"] == rows(tmp_path)[-1]["step"]
+
+
+def stuck_in_replace():
+    """Makes a process stay where a checkpoint is written and not yet in place."""
+    replace = os.replace
+    os.replace = lambda old, new: (time.sleep(60 * str(new).endswith("ckpt.pt")), replace(old, new))
+
+
+def test_a_second_signal_stops_at_once(options, tmp_path):
+    (process,) = start(*options, f"--out_dir={tmp_path}", before=stuck_in_replace)
+    wait_for((tmp_path / "ckpt.partial").exists, process)
+    for _ in range(2):
+        time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)
+    assert finish([process], seconds=10)[0] == [128 + signal.SIGTERM]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Divergence
+
+
+def poison(kind, first_pass):
+    """From this pass of training on, the copy loss is nan, or only its gradient is."""
+    original, passes = model.copy_loss, []
+
+    def poisoned(logits, same):
+        passes.extend([1] * torch.is_grad_enabled())
+        if not torch.is_grad_enabled() or len(passes) < first_pass:
+            return original(logits, same)
+        zero = 0 * logits.float().sum()
+        return original(logits, same) + (zero * math.nan if kind == "loss" else zero.sqrt())  # inf times 0
+
+    model.copy_loss = poisoned
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_the_step(options, finished, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(model, "copy_loss", model.copy_loss)  # is put back
+    poison(kind, first_pass=3)
+    status, said = attempt(*options, f"--out_dir={tmp_path}")
+    assert status == 1 and "stopped before step 3" in said
+    (terms,) = re.findall("process 0, step 3: (.*)", said)
+    values = {name: float(value) for name, value in re.findall(r"([\w ]+) ([\w.+-]+)(?:, |$)", terms)}
+    assert values.keys() == {*LOSSES, "gradient norm"}
+    bad = {"gradient norm", "loss", "copy_loss"} if kind == "loss" else {"gradient norm"}
+    assert {name for name, value in values.items() if not math.isfinite(value)} == bad
+    assert read_step(tmp_path) == read(tmp_path)["step"] == 2
+    monkeypatch.undo()
+    run(*options, f"--out_dir={tmp_path}", "--init_from=resume")
+    assert differences(finished, tmp_path) == []
+
+
+def poison_process_1():
+    if os.environ["RANK"] == "1":
+        poison("loss", first_pass=6)  # the first pass is DDP's
+
+
+def test_what_is_not_finite_on_one_process_stops_both(options, tmp_path):
+    statuses, said = finish(start(*options, f"--out_dir={tmp_path}", "--micro_batch_size=3", processes=2,
+                                  before=poison_process_1))
+    assert statuses == [1, 1] and said.count("stopped before step 3") == 1
+    assert re.search(r"process 0, step 3: .*copy_loss \d", said)
+    assert re.search(r"process 1, step 3: .*copy_loss nan", said)
+    assert read(tmp_path)["step"] == 2
+
+
+def test_float16_counts_skipped_steps_and_stops_if_it_skips_all(options, tmp_path, monkeypatch):
+    half = [*options, "--dtype=float16", "--max_steps=80", "--eval_interval=100", "--checkpoint_interval=10"]
+    monkeypatch.setattr(model, "copy_loss", model.copy_loss)
+    poison("gradient", first_pass=7)
+    status, said = attempt(*half, f"--out_dir={tmp_path}/out")
+    assert status == 1 and "copy_loss 0." in said
+    log = rows(tmp_path / "out", "train")
+    assert 20 < len(log) < 60
+    skipped = [row["grad_norm"] is None for row in log]
+    assert [row["skipped_steps"] for row in log] == np.cumsum(skipped).tolist() and all(skipped[6:])
+    assert read(tmp_path / "out")["skipped"] == log[read(tmp_path / "out")["step"] - 1]["skipped_steps"]
