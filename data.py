@@ -25,19 +25,16 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
-import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import numpy as np
 import regex
@@ -60,34 +57,30 @@ class InputError(Exception):
     """Something the user gave cannot be used. One sentence: what, where, and what to do. Exit status 2."""
 
 
-def option_type(hint, may_be_empty):
-    """The function with which argparse reads an option of this annotated type.
+def read_option(hint, may_be_empty, text):
+    """The value of an option with this annotation.
 
         Literal["bpe", "gpt2"]      one of these
         Annotated[float, 0, 1]      a number from 0 to 1
         bool, str                   True or False; a text, where ~ is the home folder
     """
-    kind, *limits = get_args(hint) if get_origin(hint) is Annotated else [hint]
-    choices = ("True", "False") if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
-
-    def read(text):
-        if choices:
-            match = [choice for choice in choices if choice.lower() == text.lower()]
-            if match:
-                return match[0] == "True" if hint is bool else match[0]
-            wanted = f"one of {', '.join(choices)}"
-        elif kind is str:
-            if text or may_be_empty:
-                return os.path.expanduser(text)
-            wanted = "a text"
-        else:
-            with contextlib.suppress(ValueError):
-                if limits[0] <= kind(text) <= limits[1]:
-                    return kind(text)
-            wanted = f"a {'whole ' if kind is int else ''}number from {limits[0]} to {limits[1]}"
-        raise argparse.ArgumentTypeError(f"has to be {wanted}, not {text!r}")
-
-    return read
+    if hint is str:
+        if text or may_be_empty:
+            return os.path.expanduser(text)
+        wanted = "a text"
+    elif get_origin(hint) is Annotated:
+        kind, low, high = get_args(hint)
+        wanted = f"a {'whole ' if kind is int else ''}number from {low} to {high}"
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+    else:
+        choices = [True, False] if hint is bool else get_args(hint)
+        wanted = f"one of {', '.join(map(str, choices))}"
+        for choice in choices:
+            if str(choice).lower() == text.lower():
+                return choice
+    raise argparse.ArgumentTypeError(f"has to be {wanted}, not {text!r}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,18 +97,11 @@ class Parser(argparse.ArgumentParser):
                     default = None if values.get(name) is None else str(values[name])
                     reason = reasons.get(name, "").replace("%", "%%")
                     reason += " (default: %(default)s)" if default or name not in values else ""
-                    self.add_argument(f"--{name}", type=option_type(hint, default == ""), default=default,
-                                      metavar="VALUE", help=reason)
+                    read = functools.partial(read_option, hint, default == "")
+                    self.add_argument(f"--{name}", type=read, default=default, metavar="VALUE", help=reason)
 
     def error(self, message):
         raise InputError(f"{message} (--help lists all options).")
-
-
-def sentence(error):
-    """What an InputError says, or an OSError: no permission, disk full, ..."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    return str(error)
 
 
 def run_command(main):
@@ -130,15 +116,11 @@ def run_command(main):
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError) as error:
-        status, message = 2, sentence(error)
-    except RuntimeError as error:  # torch has no class of its own for these two
+    except (InputError, OSError) as error:  # OSError: no permission, disk full, ...
+        status, message = 2, str(error)
+    except RuntimeError as error:  # torch has no classes of its own for lack of memory and lost connections
         status, message = 1, str(error).strip().split("\n")[0]
-        if re.search("out of memory|allocate memory", message):
-            message = f"out of memory: choose a smaller batch or max_len ({message})."
-        elif several and re.search("gloo|nccl|connection|timed out", message, re.I):
-            message = f"another process has ended ({message[:100]} ...)."
-        else:
+        if not re.search("out of memory|allocate memory|gloo|nccl|connection|timed out", message, re.I):
             raise
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank > 0:
@@ -156,26 +138,18 @@ def tell(*words, **how):
 
 
 class Progress:
-    """Says how far work is, its speed and the time left: redrawn in a terminal, else a line every 10 s."""
+    """Prints how far the work is, its speed and the time left, every 10 s."""
 
     def __init__(self, what, total, unit="MB", scale=1e6):
         self.what, self.total, self.unit, self.scale = what, total, unit, scale
         self.start = self.last = time.monotonic()
 
     def __call__(self, done):
-        now, terminal = time.monotonic(), sys.stdout.isatty()
-        if now - self.last < (0.5 if terminal else 10):
-            return
-        self.last = now
-        speed = done / (now - self.start)
-        left = f", {max(self.total - done, 0) / speed:.0f} s left" if self.total else ""
-        done, speed = done / self.scale, speed / self.scale
-        line = f"{self.what}: {done:,.{int(self.scale > 1)}f} {self.unit}, {speed:.2f} {self.unit}/s{left}"
-        tell("\r\033[K" + line if terminal else line, end="" if terminal else "\n")
-
-    def end(self):
-        if sys.stdout.isatty():
-            tell("\r\033[K", end="")
+        now = time.monotonic()
+        if now - self.last >= 10:
+            self.last, speed = now, done / (now - self.start)
+            tell(f"{self.what}: {done / self.scale:,.0f} {self.unit}, {speed / self.scale:,.1f} {self.unit}/s"
+                 f", {max(self.total - done, 0) / speed:.0f} s left")
 
 
 def in_parallel(function, items, workers):
@@ -184,14 +158,11 @@ def in_parallel(function, items, workers):
         yield from map(function, items)
         return
     pool, pending = ProcessPoolExecutor(workers, get_context("spawn")), deque()
-    main_thread = threading.current_thread() is threading.main_thread()
     try:
-        if main_thread:  # Ctrl-C reaches all processes: workers start with it ignored, this one ends them
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is not for them
         for _ in range(workers):
             pool.submit(int)  # starts a worker
-        if main_thread:
-            signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handler)
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 3 * workers:
@@ -212,11 +183,11 @@ MARKUP = re.compile(r":[\w:]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`|``?([^`]*)``?")
 
 def docs_files():
     """Python's own, numpy's and torch's source files: the default text is their documentation."""
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    roots += [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
-    skip = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3"}
-    files = [(root, file) for root in roots for file in sorted(root.rglob("*.py"))]
-    return [str(file) for root, file in files if not skip & set(file.relative_to(root).parts)]
+    skip, files = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3"}, []
+    for name in ("ast", "numpy", "torch"):  # ast is a file of Python's own library
+        root = Path(importlib.util.find_spec(name).origin).parent
+        files += [str(f) for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
+    return files
 
 
 def docs_paragraphs(path):
@@ -248,13 +219,17 @@ def prose(text):
 
 
 def read_docs(workers):
-    """The default text: a document per source file. Each paragraph occurs once, so none is in both splits."""
-    seen, progress = set(), Progress("reading documentation", None, "files", 1)
-    for number, paragraphs in enumerate(in_parallel(docs_paragraphs, docs_files(), workers)):
+    """The lines of the default text: a document per source file, with a blank line after it.
+
+    Each paragraph occurs once, so none is in both splits.
+    """
+    files, seen = docs_files(), set()
+    progress = Progress("reading documentation", len(files), "files", 1)
+    for number, paragraphs in enumerate(in_parallel(docs_paragraphs, files, workers), 1):
+        fresh = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph not in seen]
+        seen.update(fresh)
+        yield from [*fresh, "\n"]
         progress(number)
-        yield from (p for p in paragraphs if p not in seen and not seen.add(p))
-        yield None
-    progress.end()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,22 +239,23 @@ def read_docs(workers):
 def find_files(paths):
     """The text files that the paths name, folders searched, and a Counter of what was skipped in them."""
     endings, files, skipped = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), [], Counter()
-    for path in map(str, paths):
-        root, found = Path(path).expanduser(), []
-        if not path or not root.exists():
-            raise InputError(f"{path or 'an empty PATH'} does not exist.")
-        walk = os.walk(root, onerror=lambda error: skipped.update(["unreadable folder"]))
-        for folder, folders, names in walk if root.is_dir() else [(root.parent, [], [root.name])]:
-            skipped["linked folder"] += sum(Path(folder, name).is_symlink() for name in folders)
-            for file in (Path(folder, name) for name in names):
-                if file.is_file() and file.name.lower().endswith(endings):
-                    found.append(file)
-                else:
-                    skipped[file.suffix.lower() or "no ending" if file.exists() else "dangling link"] += 1
+    for path in paths:
+        root, found = os.path.expanduser(path), []
+        if not os.path.exists(root):
+            raise InputError(f"{str(path)!r} does not exist.")
+        for file in sorted(Path(root).rglob("*")) if os.path.isdir(root) else [Path(root)]:
+            if file.is_file() and file.name.lower().endswith(endings):
+                found.append(file)
+            elif file.is_file():
+                skipped[file.suffix.lower() or "no ending"] += 1
+            elif file.is_symlink():
+                skipped["linked folder" if file.exists() else "dangling link"] += 1
+            elif not os.access(file, os.R_OK | os.X_OK):
+                skipped["unreadable folder"] += 1
         if not found:
             raise InputError(f"{path} holds no text: files that end in {', '.join(endings)} are read.")
-        files += sorted(found)
-    return files, +skipped
+        files += found
+    return files, skipped
 
 
 def read_file(path, field="text", document_per_file=False):
@@ -298,10 +274,8 @@ def read_file(path, field="text", document_per_file=False):
         yield None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8; convert it.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}: not JSON ({error}).") from None
-    except (KeyError, TypeError):
-        raise InputError(f'{path}, line {number}: no text in "{field}"; name the right --field.') from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f'{path}, line {number}: no JSON with a text in "{field}" ({error!r}).') from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({error}).") from None
 
@@ -316,19 +290,16 @@ def pieces(lines):
     pieces of a document are the document, without the white space around it.
     """
     cut = rf"(?s).{{1,{PIECE}}}(?![^ ])|.{{{PIECE}}}"  # up to a space or the end, or anywhere
-    new, held, size = True, [], 0  # the lines of the next piece, and how many characters they have
+    new, held = True, ""  # held: the lines of the next piece
     for line in lines:
         for part in re.findall(cut, line) if line else [None]:
-            if part is None or size + len(part) > PIECE:
-                text = "".join(held)
-                text = text.lstrip() if new else text
+            if part is None or len(held) + len(part) > PIECE:
+                text = held.lstrip() if new else held
                 text = text.rstrip() if part is None else text
                 if text:
                     yield new, text
-                new, held, size = part is None or new and not text, [], 0
-            if part is not None:
-                held.append(part)
-                size += len(part)
+                new, held = part is None or new and not text, ""
+            held += part or ""
 
 
 def chunks(lines, lowercase, what, total):
@@ -342,7 +313,6 @@ def chunks(lines, lowercase, what, total):
             chunk, size, done = [], 0, done + size
             progress(done)
     yield chunk
-    progress.end()
 
 
 def fingerprint(text):
@@ -368,23 +338,26 @@ def count_words(chunk, share=1.0):
     return Counter(word for text in chosen for word in regex.findall(PATTERN, text))
 
 
-def train_bpe(words, size, progress=lambda done: None):
+def train_bpe(words, size):
     """Byte-pair encoding: {token: rank} with `size` entries, the 256 bytes first, from a Counter of words.
 
         {"low": 5, "lower": 2}: the most frequent pair is l+o (7 times), then lo+w (7), then low+e (2) ...
 
     Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. Pair
-    counts are kept up to date, so a step touches only the words that hold the pair.
+    counts are kept up to date, so a step touches only the words that hold the pair. A word is spelled as a
+    text whose characters are token ids, so that str.replace merges a pair.
     """
-    tokens = [bytes([b]) for b in range(256)]
-    spelled = [(list(word.encode()), count) for word, count in words.items()]
+    tokens = [bytes([byte]) for byte in range(256)]
+    spelled = [word.encode().decode("latin-1") for word in words]  # byte 65 is chr(65)
+    frequency = list(words.values())
     counts, where = Counter(), defaultdict(list)
-    for index, (ids, count) in enumerate(spelled):
-        for pair in zip(ids, ids[1:]):
-            counts[pair] += count
+    for index, text in enumerate(spelled):
+        for pair in itertools.pairwise(text):
+            counts[pair] += frequency[index]
             where[pair].append(index)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
+    progress = Progress("training the BPE", size, "tokens", 1)
     while len(tokens) < size:
         if not heap:
             raise InputError(f"too little text: it gives only {len(tokens)} byte pairs, not {size}; "
@@ -394,27 +367,19 @@ def train_bpe(words, size, progress=lambda done: None):
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
-        new, changed = len(tokens), set()
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        progress(new)
-        for index in dict.fromkeys(where.pop(pair)):
-            ids, count = spelled[index]
-            merged = []
-            for token in ids:
-                if token == pair[1] and merged and merged[-1] == pair[0]:
-                    merged[-1] = new
-                else:
-                    merged.append(token)
-            if len(merged) == len(ids):  # another merge has taken the pair apart
-                continue
-            for old in zip(ids, ids[1:]):
-                counts[old] -= count
-            for fresh in zip(merged, merged[1:]):
-                counts[fresh] += count
+        new, changed = chr(len(tokens)), set()
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
+        progress(len(tokens))
+        for index in set(where.pop(pair)):
+            before = spelled[index]
+            after = spelled[index] = before.replace("".join(pair), new)
+            for old in itertools.pairwise(before):
+                counts[old] -= frequency[index]
+            for fresh in itertools.pairwise(after):
+                counts[fresh] += frequency[index]
                 if new in fresh:
                     where[fresh].append(index)
                     changed.add(fresh)
-            spelled[index] = merged, count
         for fresh in changed:
             heapq.heappush(heap, (-counts[fresh], fresh))
     return {token: rank for rank, token in enumerate(tokens)}
@@ -436,23 +401,24 @@ class Tokenizer:
         self.vocab_size = first + len(SPECIALS)
         self.token_bytes = {i: token for token, i in ranks.items()}
         self.token_bytes |= {i: name.encode() for name, i in self.special_ids.items()}
+        self.dtype = np.dtype("uint16" if self.vocab_size <= 65536 else "uint32")  # of train.bin and val.bin
         self.encoding = tiktoken.Encoding("nanococo", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special_ids)
 
     def encode(self, text):
         """Ids of a text, no special ones among them. Half a character becomes U+FFFD, as tiktoken has it."""
         text = lower(text) if self.lowercase else text
-        parts = (text[start : start + ENCODE] for start in range(0, len(text), ENCODE))
-        return [i for part in parts for i in self.encoding.encode_ordinary(part)]
+        parts = (text[i : i + ENCODE] for i in range(0, len(text), ENCODE))
+        return [token for part in parts for token in self.encoding.encode_ordinary(part)]
 
     def encode_pair(self, a, b=None, max_len=512):
         """[CLS] A [SEP] [SEP] B [SEP], or [CLS] A [SEP]; if too long, the longer one is cut first. [model]"""
-        a, b = self.encode(a), None if b is None else self.encode(b)
-        room = max_len - (2 if b is None else 4)
-        if room < 0:
+        if max_len < (2 if b is None else 4):
             raise InputError(f"max_len={max_len} has no room for the special tokens.")
+        a = self.encode(a)
         if b is None:
-            return [self.cls_id, *a[:room], self.sep_id]
+            return [self.cls_id, *a[: max_len - 2], self.sep_id]
+        b, room = self.encode(b), max_len - 4
         keep_b = min(len(b), max(room // 2, room - len(a)))
         return [self.cls_id, *a[: room - keep_b], self.sep_id, self.sep_id, *b[:keep_b], self.sep_id]
 
@@ -473,15 +439,13 @@ class Tokenizer:
     def from_state(cls, state, path="this"):
         """The tokenizer with this state. path: where it comes from, for the message if it is damaged."""
         try:
-            ranks = {}
-            for line in state["ranks"].splitlines():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            if len(set(ranks.values())) < len(ranks) or any(bytes([b]) not in ranks for b in range(256)):
-                raise ValueError  # tiktoken would only find out later, and panic
+            lines = [line.split() for line in state["ranks"].splitlines()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+            if len(set(ranks.values())) < len(lines) or any(bytes([b]) not in ranks for b in range(256)):
+                raise ValueError("a token is missing or there twice")
             return cls(ranks, state["pattern"], state["lowercase"])
-        except Exception as error:  # of base64 or of tiktoken, which has its own kinds
-            raise InputError(f"{path} has no tokenizer that can be read ({type(error).__name__}).") from None
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise InputError(f"{path} has no tokenizer that can be read.") from None
 
     @classmethod
     def load(cls, folder):
@@ -499,10 +463,6 @@ class Tokenizer:
 # A prepared corpus
 
 
-def token_dtype(vocab_size):
-    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
-
-
 def checksum(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -510,19 +470,14 @@ def checksum(path):
 
 def read_meta(folder):
     """meta.json of a prepared corpus."""
-    try:
-        meta = json.loads(Path(folder, "meta.json").read_bytes())
-        numbers = [meta["vocab_size"], *(meta["tokens"][split] for split in ("train", "val")),
-                   *(meta["special_ids"][name] for name in SPECIALS)]
-        texts = [meta["pattern"], *(meta["sha256"][file] for file in ("train", "val", "tokenizer"))]
-        if (all(type(n) is int and 0 <= n < 2**48 for n in numbers) and all(type(t) is str for t in texts)
-                and type(meta["lowercase"]) is bool):
+    path = Path(folder, "meta.json")
+    if not path.exists():
+        raise InputError(f"{folder} is not a corpus, as it has no meta.json; make one with python data.py.")
+    with contextlib.suppress(ValueError, TypeError):
+        meta = json.loads(path.read_bytes())
+        if {"vocab_size", "lowercase", "special_ids", "pattern", "tokens", "dtype", "sha256"} <= set(meta):
             return meta
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no prepared corpus: it has no meta.json.") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise InputError(f"{folder}/meta.json is damaged; prepare the corpus again.")
+    raise InputError(f"{path} is damaged, or another program's; prepare the corpus again.")
 
 
 @functools.lru_cache(maxsize=1)
@@ -532,51 +487,49 @@ def cached_tokenizer(ranks, pattern, lowercase):
 
 def encode_chunk(chunk, state, val_fraction):
     """[(starts a document?, text)] -> [(starts a document?, split, ids as bytes, bytes of text)]"""
-    tokenizer, val_limit = cached_tokenizer(**state), val_fraction * 2**64
-    dtype = token_dtype(tokenizer.vocab_size)
-    return [(new, "val" if fingerprint(text) < val_limit else "train",
-             np.array(tokenizer.encode(text), dtype).tobytes(), len(text.encode())) for new, text in chunk]
+    tokenizer = cached_tokenizer(**state)
+    return [(new, "val" if fingerprint(text) < val_fraction * 2**64 else "train",
+             np.array(tokenizer.encode(text), tokenizer.dtype).tobytes(), len(text.encode()))
+            for new, text in chunk]
 
 
-def make_tokenizer(encoding, vocab_size, lowercase, stream, total, workers):
+def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
     """A BPE trained on the text, the tokenizer of another corpus, or one of tiktoken's. None: not given."""
     if encoding == "bpe":
         lowercase, words = lowercase is not False, Counter()
         count = functools.partial(count_words, share=min(1, SAMPLE / total))
-        for counts in in_parallel(count, chunks(stream(), lowercase, "counting words", total), workers):
+        for counts in in_parallel(count, chunks(lines(), lowercase, "counting words", total), workers):
             words.update(counts)
-        progress = Progress("training the BPE", vocab_size, "tokens", 1)
-        ranks = train_bpe(words, vocab_size - len(SPECIALS), progress)
-        progress.end()
-        return Tokenizer(ranks, PATTERN, lowercase)
+        return Tokenizer(train_bpe(words, vocab_size - len(SPECIALS)), PATTERN, lowercase)
     if os.path.isdir(encoding):
         tokenizer = Tokenizer.load(encoding)
-    else:
-        try:
-            base = tiktoken.get_encoding(encoding)
-        except Exception as error:  # an unknown name, or ranks that cannot be downloaded
-            raise InputError(f"--encoding={encoding} is no folder, and tiktoken cannot fetch it "
-                             f"({' '.join(str(error).split())[:200]}).") from None
+    elif encoding in tiktoken.list_encoding_names():
+        base = tiktoken.get_encoding(encoding)
         tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase is not False)
+    else:
+        raise InputError(f"--encoding={encoding} is neither bpe, nor a folder, nor one of tiktoken's: "
+                         f"{', '.join(tiktoken.list_encoding_names())}.")
     if vocab_size not in (None, tokenizer.vocab_size) or lowercase not in (None, tokenizer.lowercase):
         raise InputError(f"--encoding={encoding} has vocab_size={tokenizer.vocab_size} and "
-                         f"lowercase={tokenizer.lowercase}; --vocab_size and --lowercase cannot change that.")
+                         f"lowercase={tokenizer.lowercase}, which cannot be changed.")
     return tokenizer
 
 
-def stamp(folder):
-    """What is in a folder, and since when: {file name: time}. None if there is no such folder."""
+def last_change(folder):
+    """When a corpus was written; None if nothing has this name. Anything but a corpus is refused."""
     if not os.path.lexists(folder):
         return None
-    is_folder = folder.is_dir() and not folder.is_symlink()
-    return {file.name: file.lstat().st_mtime_ns for file in folder.iterdir()} if is_folder else {}
+    if folder.is_symlink() or not folder.is_dir() or set(os.listdir(folder)) != FILES:
+        raise InputError(f"{folder} exists and is not a corpus, or not only that; choose another --name.")
+    read_meta(folder)
+    return folder.stat().st_mtime_ns
 
 
 def prepare(
     paths=(), *,
     name: str = "",                                     # the corpus is data_dir/name; without PATH: docs
     data_dir: str = "data",                             # folder of all prepared corpora
-    vocab_size: Annotated[int, 260, 2**24] = None,      # entries of the vocabulary: 32768; without PATH: 8192
+    vocab_size: Annotated[int, 260, 2**20] = None,      # entries of the vocabulary: 32768; without PATH: 8192
     lowercase: bool = None,                             # lowercase all text: True, as the paper's base
     encoding: str = "bpe",                              # bpe: train one; or gpt2, ...; or a corpus' folder
     val_fraction: Annotated[float, 0, 0.5] = None,      # share of val.bin: 0.01; without PATH: 0.05
@@ -597,74 +550,66 @@ def prepare(
     folder = Path(data_dir, name)
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise InputError(f"--name={name!r} has to be a plain name for the corpus: letters, digits, _ . + -")
-    old = stamp(folder)
-    ours = old and "meta.json" in old and old.keys() <= FILES and read_meta(folder)
-    if old is not None and not ours:
-        raise InputError(f"{folder} exists and is not a corpus, or not only that; choose another --name.")
+    old = last_change(folder)
     if old and not overwrite:
         raise InputError(f"{folder} exists; choose another --name, or say --overwrite=True.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
-    aside = Path(f"{partial}.old")
-    try:
-        if paths:
-            files, skipped = find_files(paths)
-            sources, total = [str(f) for f in files], sum(f.stat().st_size for f in files)
-            total += 2 * sum(f.stat().st_size for f in files if f.suffix.lower() == ".gz")  # a guess
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as scratch:
+        new, aside, docs = Path(scratch, "new"), Path(scratch, "old"), Path(scratch, "docs.txt")
+        new.mkdir()
+        if not paths:
+            docs.write_text("".join(read_docs(workers)), encoding="utf-8")
+        files, skipped = find_files(paths or [docs])
+        sources = [str(file) for file in files] if paths else ["documentation of Python, numpy and torch"]
+        total = sum(f.stat().st_size * (3 if f.suffix.lower() == ".gz" else 1) for f in files)  # 3: a guess
 
-            def stream():
-                return itertools.chain.from_iterable(read_file(f, field, document_per_file) for f in files)
-        else:
-            sources, skipped = ["documentation of Python, numpy and torch"], Counter()
-            lines = list(read_docs(workers))
-            stream, total = functools.partial(iter, lines), sum(len(line or "") for line in lines)
-        if not next(pieces(stream()), None):
+        def lines():
+            for file in files:
+                yield from read_file(file, field, document_per_file)
+
+        if not next(pieces(lines()), None):
             raise InputError(f"there is no text in {', '.join(sources[:5])}.")
+        tokenizer = make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers)
+        (new / "tokenizer.tiktoken").write_text(tokenizer.state()["ranks"])
 
-        tokenizer = make_tokenizer(encoding, vocab_size, lowercase, stream, total, workers)
         encode = functools.partial(encode_chunk, state=tokenizer.state(), val_fraction=val_fraction)
-        work = chunks(stream(), tokenizer.lowercase, "tokenising", total)
-        dtype, documents, text_bytes, before = token_dtype(tokenizer.vocab_size), 0, 0, None
-        separator = np.array([tokenizer.sep_id], dtype).tobytes()
-        with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val:
-            files = {"train": train, "val": val}
-            for new, split, ids, size in itertools.chain.from_iterable(in_parallel(encode, work, workers)):
-                if before and (new or split != before):  # a document ends, or continues in the other split
-                    files[before].write(separator)
-                files[split].write(ids)
-                documents, text_bytes, before = documents + new, text_bytes + size, split
-            files[before].write(separator)
-        (partial / "tokenizer.tiktoken").write_text(tokenizer.state()["ranks"])
-
-        tokens = {s: (partial / f"{s}.bin").stat().st_size // dtype.itemsize for s in ("train", "val")}
+        encoded = in_parallel(encode, chunks(lines(), tokenizer.lowercase, "tokenising", total), workers)
+        separator = np.array([tokenizer.sep_id], tokenizer.dtype).tobytes()
+        documents, text_bytes, before = 0, 0, None
+        with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
+            splits = {"train": train, "val": val}
+            for starts, split, ids, size in itertools.chain.from_iterable(encoded):
+                if before and (starts or split != before):  # a document ends, or continues in the other split
+                    splits[before].write(separator)
+                splits[split].write(ids)
+                documents, text_bytes, before = documents + starts, text_bytes + size, split
+            splits[before].write(separator)
+            tokens = {split: file.tell() // tokenizer.dtype.itemsize for split, file in splits.items()}
         meta = {"vocab_size": tokenizer.vocab_size, "lowercase": tokenizer.lowercase,
                 "special_ids": tokenizer.special_ids, "pattern": tokenizer.pattern, "encoding": encoding,
-                "tokens": tokens, "dtype": dtype.name, "documents": documents, "bytes": text_bytes,
+                "tokens": tokens, "dtype": tokenizer.dtype.name, "documents": documents, "bytes": text_bytes,
                 "sources": sources, "val_fraction": val_fraction,
-                "sha256": {file.stem: checksum(file) for file in partial.iterdir()},
+                "sha256": {file.stem: checksum(file) for file in new.iterdir()},
                 "versions": {"python": platform.python_version(), "numpy": np.__version__,
                              "tiktoken": tiktoken.__version__}}
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        partial.chmod(0o755)
-        if stamp(folder) != old:
+        (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+        if last_change(folder) != old:
             raise InputError(f"{folder} was written by another command meanwhile; it stays as it is.")
-        if old:
-            os.rename(folder, aside)
-        os.rename(partial, folder)
-    finally:
-        if aside.exists() and not folder.exists():  # stopped between the two renames
-            os.rename(aside, folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            if old:
+                os.rename(folder, aside)
+            os.rename(new, folder)
+        finally:
+            if aside.exists() and not folder.exists():  # stopped between the two renames
+                os.rename(aside, folder)
 
     left_out = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common(6)) or "nothing"
-    first = np.fromfile(folder / "train.bin", dtype, 15)
     tell(f"prepared {folder}: {documents:,} documents, {text_bytes / 1e6:.1f} MB, "
          f"{time.monotonic() - start:.1f} s\n"
-         f"  {sum(tokens.values()):,} tokens ({tokens['train']:,} train, {tokens['val']:,} val), "
-         f"{text_bytes / sum(tokens.values()):.2f} bytes per token\n"
-         f"  vocabulary of {tokenizer.vocab_size:,}; files read: {len(sources)}; skipped: {left_out}\n"
-         f"  it begins: {'|'.join(tokenizer.pieces(first))[:80]!r}")
+         f"  {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin, "
+         f"{text_bytes / sum(tokens.values()):.2f} bytes per token, vocabulary of {tokenizer.vocab_size:,}\n"
+         f"  files read: {len(files)}; skipped: {left_out}")
     return folder
 
 
@@ -683,13 +628,13 @@ class Sequences:
     def __init__(self, folder, split, max_len, masked, crop_len, seed, check=True):
         """check: read the file once, to see that it is what was written (1 GB/s)"""
         meta, self.path = read_meta(folder), Path(folder, f"{split}.bin")
-        size, dtype = meta["tokens"][split], token_dtype(meta["vocab_size"])
-        if not self.path.exists() or self.path.stat().st_size != size * dtype.itemsize or (
-                check and checksum(self.path) != meta["sha256"][split]):
-            raise InputError(f"{self.path} is not as meta.json says (size, checksum); prepare it again.")
-        self.tokens = np.memmap(self.path, dtype, "r") if size else np.zeros(0, dtype)
+        if check and checksum(self.path) != meta["sha256"][split]:
+            raise InputError(f"{self.path} is not as meta.json says; prepare the corpus again.")
+        self.tokens = np.zeros(0, meta["dtype"])  # a memmap cannot be empty
+        if meta["tokens"][split]:
+            self.tokens = np.memmap(self.path, meta["dtype"], "r")
         if check and self.tokens.max(initial=0) >= meta["vocab_size"]:
-            raise InputError(f"{self.path} has tokens beyond its vocabulary; prepare it again.")
+            raise InputError(f"{self.path} has tokens beyond its vocabulary; prepare the corpus again.")
         self.max_len, self.masked, self.crop_len, self.seed = max_len, masked, crop_len, seed
         self.cls_id, self.sep_id = meta["special_ids"]["[CLS]"], meta["special_ids"]["[SEP]"]
         self.order = functools.lru_cache(maxsize=2)(self.order)
@@ -709,8 +654,7 @@ class Sequences:
         random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
         if len(ordinary) < self.masked:
-            raise InputError(f"{self.path} has only {len(ordinary)} tokens besides [SEP] in the sequence at "
-                             f"{start:,}, fewer than are masked; prepare it from longer documents.")
+            raise InputError(f"{self.path} has too little but [SEP] at token {start:,}; prepare other text.")
         masked = np.sort(random.permutation(ordinary)[: self.masked])
         crop_start = random.integers(1, self.max_len - self.crop_len + 1)
         crop = np.concatenate([tokens[:1], tokens[crop_start : crop_start + self.crop_len]])

@@ -687,8 +687,6 @@ def fine_tune(name, args, start, sets, seed, device, autocast):
         if better or step == args.max_steps:
             last["model"] = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         best = last if better else best
-        if RANK == 0:
-            progress.end()
         say(line(f"seed {seed}", f"{step / per_epoch:.2f}", f"{step:,}/{args.max_steps:,}", f"{mean:.4f}",
                  last["scores"], "best" * better))
         running, steps, since = torch.zeros((), device=device), 0, time.monotonic()

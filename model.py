@@ -418,9 +418,9 @@ def pair(values, where=None):
 def scl_statistics(cosine):
     """How well the sequence vectors tell sequences apart, from their cosines (2N, 2N).
 
-    scl_accuracy: how often the twin is the nearest (chance: 1 / (2N - 1)). alignment: mean squared distance of
-    twins. uniformity: log mean exp(-2 squared distance) of different sequences, averaged over corrupted and
-    cropped ones [Wang & Isola, 2020]. The squared distance of unit vectors is 2 - 2 cosine.
+    scl_accuracy: how often the twin is the nearest (chance: 1 / (2N - 1)). alignment: mean squared distance
+    of twins. uniformity: log mean exp(-2 squared distance) of different sequences, averaged over corrupted
+    and cropped ones [Wang & Isola, 2020]. The squared distance of unit vectors is 2 - 2 cosine.
     """
     N = len(cosine) // 2
     twin = torch.arange(2 * N, device=cosine.device).roll(N)

@@ -331,7 +331,10 @@ def take_weights(model, path, tokenizer, part=""):
         raise InputError(f"{path} has no auxiliary.")
     missing, unused = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if name.startswith(part) and not name.startswith(shared)]
-    say(f"weights from {path}; not in it: {', '.join(missing) or '-'}; not used: {', '.join(unused) or '-'}")
+    say(f"weights from {path}: {len(weights) - len(unused)} tensors")
+    for what, names in (("not in it", missing), ("not used", unused)):
+        if names:
+            say(f"  {what}: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -620,7 +623,7 @@ def main(argv):
         log = Log(out / "log.jsonl", header, start, changes)
 
     # the loop; `step` steps are done
-    received, stop = catch_signals(), 0
+    received, stop, bad = catch_signals(), 0, False
     upcoming = batches(train, args.batch_size, args.micro_batch_size, RANK, WORLD, start)
     seconds, timed = 0.0, 0  # of the steps since the last row of the log
     for step in range(start, args.max_steps + 1):
@@ -678,10 +681,7 @@ def main(argv):
         if bad:
             terms = ", ".join(f"{name} {totals[name][0] / args.accumulation:.5g}" for name in losses)
             print(f"process {RANK}, step {step + 1}: {terms}, gradient norm {grad_norm:.5g}", file=sys.stderr)
-            if WORLD > 1:
-                dist.barrier()  # until all have said it
-            sys.exit(1 if RANK else f"train.py: stopped before step {step + 1}: a loss or gradient is not "
-                     f"finite. A smaller learning rate or a longer warm-up may help.")
+            break
 
         # update
         lr = learning_rate_at(step, args)
@@ -708,6 +708,9 @@ def main(argv):
         dist.barrier()  # torchrun ends all processes once one has failed, and process 0 may still be writing
         ddp = None  # as the last owner of the group it could wait for gloo's threads forever
         dist.destroy_process_group()
+    if bad:
+        sys.exit(1 if RANK else f"train.py: stopped before step {step + 1}: a loss or gradient is not finite;"
+                 f" a smaller learning rate or a longer warm-up may help.")
     if stop and not last:
         say(f"stopped by {signal.Signals(stop).name} after step {step:,}; --init_from=resume continues")
         sys.exit(128 + stop)

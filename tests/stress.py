@@ -133,7 +133,7 @@ def differences(out, twin):
 
 # ------------------------------------------------------------------------------------------------------------
 # Trials. Each gets a run's options and number of processes, the folder and the seconds of its undisturbed
-# twin, and a folder for the disturbed run. It returns the number of kills and a list of problems
+# twin, and a folder for the disturbed run. It returns the number of kills, and why the run did not finish
 
 
 def killed_until_finished(options, processes, twin, seconds, out, draw, operations=0):
@@ -148,9 +148,9 @@ def killed_until_finished(options, processes, twin, seconds, out, draw, operatio
         how = "resume" if saved else "resume_or_scratch"  # there always is a checkpoint after the first one
         statuses, said = run([*options, f"--out_dir={out}", f"--init_from={how}"], processes, draw, **moment)
         if not any(statuses):
-            return kills, differences(out, twin)
+            return kills, ""
         if -signal.SIGKILL not in statuses or not moment:
-            return kills, [f"ended with {statuses}: {said}"]
+            return kills, f"ended with {statuses}: {said}"
         kills, saved = kills + 1, saved or any(out.glob("ckpt*.pt"))
 
 
@@ -171,9 +171,7 @@ def restarted_by_torchrun(options, processes, twin, _, out, draw):
             time.sleep(0.002)
         torchrun.kill()
         output.seek(0)
-        if torchrun.wait():
-            return kills, [f"torchrun ended with {torchrun.returncode}: {output.read()}"]
-    return kills, differences(out, twin)
+        return kills, f"torchrun ended with {torchrun.returncode}: {output.read()}" if torchrun.wait() else ""
 
 
 def damaged(options, processes, twin, seconds, out, draw, damage):
@@ -181,7 +179,9 @@ def damaged(options, processes, twin, seconds, out, draw, damage):
     shutil.copytree(twin, out)
     raw = (out / "ckpt.pt").read_bytes()
     (out / "ckpt.pt").write_bytes(damage(raw, draw.randrange(len(raw))))
-    return killed_until_finished(options, processes, twin, seconds, out, draw, operations=12)
+    result = killed_until_finished(options, processes, twin, seconds, out, draw, operations=12)
+    (out / "ckpt.damaged").unlink(missing_ok=True)  # kept for its owner, in no other trial
+    return result
 
 
 in_a_save = partial(killed_until_finished, operations=30)  # a run of 12 steps has about so many
@@ -224,13 +224,14 @@ def main():
                         raise data.InputError(f"an undisturbed run ended with {statuses}: {said}")
                     twins[variant, processes] = twin, time.monotonic() - began
                 out = folder / f"trial {trials.total()}"
-                killed, problems = trial(options, processes, *twins[variant, processes], out, draw)
+                killed, problem = trial(options, processes, *twins[variant, processes], out, draw)
+                problem = problem or "; ".join(differences(out, twins[variant, processes][0]))
                 shutil.rmtree(out)
                 trials[kind, variant] += 1
                 kills[kind] += killed
-                lost[kind] += bool(problems)
-                if problems:
-                    print(f"lost: {kind}, {variant}: {'; '.join(problems)}\n", flush=True)
+                lost[kind] += bool(problem)
+                if problem:
+                    print(f"lost: {kind}, {variant}: {problem}\n", flush=True)
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.platform()}, "
           f"{args.minutes:g} minutes\n")
     heads = "".join(f"{variant:>10}" for variant in VARIANTS)

@@ -92,7 +92,7 @@ def attempt(*arguments):
         try:
             train.main(list(map(str, arguments)))
         except (data.InputError, OSError) as error:
-            status, _ = 2, print(data.sentence(error))
+            status, _ = 2, print(error)
         except SystemExit as stop:
             status = stop.code
             if isinstance(status, str):
