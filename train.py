@@ -237,7 +237,7 @@ def catch_signals():
 
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # the last two exist on POSIX only
         number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as under nohup
             signal.signal(number, receive)
     return received
 

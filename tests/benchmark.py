@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from statistics import median_low
 from types import SimpleNamespace
@@ -61,7 +60,7 @@ def ours(preset, without=""):
     if without == "dropout":  # without our own, that is
         coco.drop = F.dropout
     if without == "attention":
-        coco.attention = lambda q, k, v, bias, p: F.scaled_dot_product_attention(q, k, v, bias, p)
+        coco.attention = F.scaled_dot_product_attention
     model = coco.COCOLM(c).train()
 
     def loss():
@@ -80,8 +79,8 @@ def electra(preset):
 
     def config(layers):
         return ElectraConfig(vocab_size=V, embedding_size=c.width, hidden_size=c.width,
-                             num_hidden_layers=layers, num_attention_heads=c.heads,
-                             intermediate_size=c.ffn_width, max_position_embeddings=T,
+                             intermediate_size=c.ffn_width, num_hidden_layers=layers,
+                             num_attention_heads=c.heads, max_position_embeddings=T,
                              attn_implementation="sdpa")
 
     generator = ElectraForMaskedLM(config(c.auxiliary_layers)).train()
@@ -127,8 +126,10 @@ WITHOUT = {"memory": "memory given back", "dropout": "torch's dropout", "attenti
 
 
 def contestant(pipe, build, arguments, dtype, keep):
-    """A process that takes a step whenever it is asked to. Sends (FLOPs, "") or (0, why it does not run), and
-    then for each step (seconds, MB)."""
+    """A process that takes a step whenever it is asked to.
+
+    It sends (FLOPs, "") or (0, why it does not run), and then for each step (seconds, MB).
+    """
     if keep:
         train.keep_memory()
     torch.manual_seed(0)
@@ -179,7 +180,6 @@ def steps_table(args):
     we, rows, our_steps = start(ours, (args.preset,), dtype, True), [], []
     our_flops, _ = we.recv()
     for name in names:
-        print(f"  {name} ...", flush=True)
         if name in OTHERS:
             they = start(OTHERS[name], (args.preset,), dtype, args.keep_memory)
         else:
@@ -203,23 +203,12 @@ def steps_table(args):
           f"|---|---|---|---|---|---|")
     for name, flops, steps, ratio in [("ours", our_flops, our_steps, 1.0), *rows]:
         least, seconds, most = min(steps)[0], median_low(steps)[0], max(steps)[0]
-        megabytes = steps[-1][1]
         print(f"| {name} | {B * T / seconds:,.0f} | {seconds:.2f} ({least:.2f} to {most:.2f}) | {ratio:.2f} "
-              f"| {flops / 1e9:,.0f} | {megabytes:,.0f} |", flush=True)
+              f"| {flops / 1e9:,.0f} | {steps[-1][1]:,.0f} |", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Data preparation
-
-
-def speed_of(work, size, times):
-    """MB/s, median of so many times"""
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return f"{size / 1e6 / median_low(taken):.1f} MB/s"
 
 
 def text_table(args):
@@ -230,9 +219,9 @@ def text_table(args):
         tokenizer = data.Tokenizer.load(Path(folder, "docs"))
         ids = data.Sequences(Path(folder, "docs"), "train", 128, 1, 1, 0).tokens[:1_000_000]
         text = data.lower(tokenizer.decode(ids))
-    size, entries = len(text.encode()), len(tokenizer.ranks)
-    training = [lambda: data.train_bpe(Counter(data.regex.findall(data.PATTERN, text)), entries)]
-    tokenising = [lambda: tokenizer.encode(text)]
+    entries, megabytes, times = len(tokenizer.ranks), len(text.encode()) / 1e6, min(args.steps, 3)
+    works = {"training a BPE": lambda: data.train_bpe(data.count_words([(True, text)]), entries),
+             "tokenising": lambda: tokenizer.encode(text)}
     if importlib.util.find_spec("tokenizers"):
         os.environ["RAYON_NUM_THREADS"] = "1"
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -240,13 +229,17 @@ def text_table(args):
         other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(vocab_size=entries, show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        training.append(lambda: other.train_from_iterator(lines, trainer))
-        tokenising.append(lambda: other.encode_batch(lines))
-    print(f"\nData preparation, {size / 1e6:.1f} MB, one thread, medians of {min(args.steps, 3)}\n")
-    print("| | data.py | tokenizers |\n|---|---|---|")
-    for name, works in (f"training a BPE of {entries:,}", training), ("tokenising", tokenising):
-        cells = [speed_of(work, size, min(args.steps, 3)) for work in works]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        works["training a BPE, tokenizers"] = lambda: other.train_from_iterator(lines, trainer)
+        works["tokenising, tokenizers"] = lambda: other.encode_batch(lines)
+    print(f"\nData preparation, {megabytes:.1f} MB, BPE of {entries:,}, one thread, medians of {times}\n\n"
+          f"| | MB/s |\n|---|---|")
+    for name, work in works.items():
+        taken = []
+        for _ in range(times):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+        print(f"| {name} | {megabytes / median_low(taken):.1f} |", flush=True)
 
 
 def main():
@@ -256,8 +249,7 @@ def main():
     args.dtype = hardware.dtype
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())  # Linux
     print(f"{time.strftime('%Y-%m-%d')}, {names[0] if names else platform.machine()}, "
-          f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, {args.dtype}", flush=True)
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}", flush=True)
     steps_table(args)
     if args.text:
         text_table(args)

@@ -7,16 +7,13 @@ weights, moments and the log, except for its clock, have to be equal to the bit.
 what was tried, how often, and what was lost; the exit status is 1 if anything was. Needs Linux.
 """
 
+import contextlib
 import itertools
-import json
-import multiprocessing
 import os
 import platform
 import random
-import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # of all runs: another number of threads adds in another order
 
+import runs  # noqa: E402
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  AdamW imports it, and that takes seconds
 
 import data  # noqa: E402
 
@@ -53,14 +50,13 @@ DAMAGE = {  # name -> the bytes of a damaged file; i: a random position
     "with zeros inside": lambda raw, i: raw[:i] + bytes(64) + raw[i + 64 :],
 }
 MOST_KILLS = 8  # of one run; then it may finish
-FORK = multiprocessing.get_context("fork")
 
 # ------------------------------------------------------------------------------------------------------------
 # Runs
 
 
-def run_train(options, environment, output, fatal):
-    """train.py in this process, which kills itself before its file operation number `fatal`; 0: never."""
+def die_before(fatal):
+    """The process that calls this kills itself before its file operation number `fatal`."""
     operations = itertools.count(1)
 
     def deadly(operation):
@@ -75,38 +71,19 @@ def run_train(options, environment, output, fatal):
 
     save, torch.save = torch.save, deadly(torch.save)
     os.fsync, os.replace, os.unlink = deadly(os.fsync), deadly(os.replace), deadly(os.unlink)
-    os.environ.update(environment)
-    os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
-    sys.argv = ["train.py", *options]
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 def run(options, processes, draw, seconds=300.0, fatal=0):
-    """train.py in forks of this process, which has imported torch already: a start takes 1 s instead of 5.
+    """train.py in some processes. All are killed after so many seconds, or when process 0 has killed itself.
 
-    All are killed after so many seconds, or when process 0 has killed itself.
     -> exit statuses, everything that was printed
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    running, output = [], tempfile.TemporaryFile("w+", errors="replace")
-    for rank in map(str, range(processes)):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "MASTER_PORT": port,
-                       "MASTER_ADDR": "127.0.0.1"}
-        arguments = options, environment, output, fatal
-        running.append(FORK.Process(target=run_train, args=arguments, daemon=True))
-        running[-1].start()
+    running = runs.start(*options, processes=processes, before=partial(die_before, fatal))
     running[0].join(seconds)
     if running[0].exitcode is None:
         draw.choice(running).kill()
         time.sleep(draw.uniform(0, 0.05))  # the others may notice, and go on until they do
-    for process in running:
-        process.join(60 if running[0].exitcode == 0 else 0)
-        process.kill()
-        process.join()
-    output.seek(0)
-    return [process.exitcode for process in running], output.read()
+    return runs.finish(running, 60 if running[0].exitcode == 0 else 0)
 
 
 def differences(out, twin):
@@ -119,9 +96,8 @@ def differences(out, twin):
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
     def log(folder):
-        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
         clock = ("seconds", "tokens_per_sec", "mfu")
-        return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+        return [{name: row[name] for name in row if name not in clock} for row in runs.rows(folder)]
 
     ours, theirs = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (out, twin))
     names = ("step", "model", "optimizer", "scaler", "skipped")
@@ -138,8 +114,8 @@ def differences(out, twin):
 
 def killed_until_finished(options, processes, twin, seconds, out, draw, operations=0):
     """Kills a run at random moments, or before one of so many file operations, and resumes it each time."""
-    kills, saved = 0, any(out.glob("ckpt*.pt"))
-    while True:
+    saved = any(out.glob("ckpt*.pt"))
+    for kills in itertools.count():
         moment = {"seconds": draw.uniform(0, seconds)}
         if operations:
             moment = {"fatal": draw.randint(1, operations)}
@@ -151,7 +127,7 @@ def killed_until_finished(options, processes, twin, seconds, out, draw, operatio
             return kills, ""
         if -signal.SIGKILL not in statuses or not moment:
             return kills, f"ended with {statuses}: {said}"
-        kills, saved = kills + 1, saved or any(out.glob("ckpt*.pt"))
+        saved = saved or any(out.glob("ckpt*.pt"))
 
 
 def restarted_by_torchrun(options, processes, twin, _, out, draw):
@@ -198,40 +174,36 @@ TRIALS = {  # name -> number of processes, trial
 
 def main():
     args = data.Parser(__doc__, sys.modules[__name__]).parse_args()
-    torch.set_num_threads(1)  # a fork has no threads of its parent's
     draw, end, twins = random.Random(args.seed), time.monotonic() + 60 * args.minutes, {}
     trials, kills, lost = Counter(), Counter(), Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        words = ["".join(draw.choices("aeioubcdfglmnprst", k=draw.randint(2, 7))) for _ in range(300)]
-        documents = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(400)]
-        (folder / "toy.txt").write_text("\n\n".join(documents))
-        command = [sys.executable, ROOT / "data.py", folder / "toy.txt", "--name=toy", f"--data_dir={folder}"]
-        command += ["--vocab_size=400", "--val_fraction=0.1"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        while time.monotonic() < end:
-            todo = list(itertools.product(TRIALS, VARIANTS))
-            for kind, variant in draw.sample(todo, len(todo)):
-                if time.monotonic() > end:
-                    break
-                (processes, trial), (dtype, passes) = TRIALS[kind], VARIANTS[variant]
-                options = [*RUN, f"--data_dir={folder}", f"--dtype={dtype}",
-                           f"--micro_batch_size={12 // processes // passes}"]
-                if (variant, processes) not in twins:
-                    twin, began = folder / f"{variant}, {processes}", time.monotonic()
-                    statuses, said = run([*options, f"--out_dir={twin}"], processes, draw)
-                    if any(statuses):
-                        raise data.InputError(f"an undisturbed run ended with {statuses}: {said}")
-                    twins[variant, processes] = twin, time.monotonic() - began
-                out = folder / f"trial {trials.total()}"
-                killed, problem = trial(options, processes, *twins[variant, processes], out, draw)
-                problem = problem or "; ".join(differences(out, twins[variant, processes][0]))
-                shutil.rmtree(out)
-                trials[kind, variant] += 1
-                kills[kind] += killed
-                lost[kind] += bool(problem)
-                if problem:
-                    print(f"lost: {kind}, {variant}: {problem}\n", flush=True)
+        with contextlib.redirect_stdout(None):
+            runs.make_corpus(folder)
+        run(["--help"], 1, draw)  # the server imports torch: no twin is measured with that
+        todo = list(itertools.product(TRIALS, VARIANTS))
+        draw.shuffle(todo)
+        for kind, variant in itertools.cycle(todo):
+            if time.monotonic() > end:
+                break
+            (processes, trial), (dtype, passes) = TRIALS[kind], VARIANTS[variant]
+            options = [*RUN, f"--data_dir={folder}", f"--dtype={dtype}",
+                       f"--micro_batch_size={12 // processes // passes}"]
+            if (variant, processes) not in twins:
+                twin, began = folder / f"{variant}, {processes}", time.monotonic()
+                statuses, said = run([*options, f"--out_dir={twin}"], processes, draw)
+                if any(statuses):
+                    raise data.InputError(f"an undisturbed run ended with {statuses}: {said}")
+                twins[variant, processes] = twin, time.monotonic() - began
+            out = folder / f"trial {trials.total()}"
+            killed, problem = trial(options, processes, *twins[variant, processes], out, draw)
+            problem = problem or "; ".join(differences(out, twins[variant, processes][0]))
+            shutil.rmtree(out)
+            trials[kind, variant] += 1
+            kills[kind] += killed
+            lost[kind] += bool(problem)
+            if problem:
+                print(f"lost: {kind}, {variant}: {problem}\n", flush=True)
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.platform()}, "
           f"{args.minutes:g} minutes\n")
     heads = "".join(f"{variant:>10}" for variant in VARIANTS)

@@ -85,7 +85,7 @@ def listing(folder):
 def corpus(tmp_path_factory):
     """A small prepared corpus, for tests that only read it."""
     folder = tmp_path_factory.mktemp("corpus")
-    return prepare(folder, write_source(folder / "in.txt", sentences(150)), vocab_size=400, val_fraction=0.2)
+    return prepare(folder, write_source(folder / "in.txt", sentences(300)), vocab_size=400, val_fraction=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -103,31 +103,28 @@ def start(folder, *arguments, **options):
 # Options, the BPE trainer, the tokenizer
 
 
-def settings(
-    *,
-    steps: Annotated[int, 1, 100] = 10,  # how many
-    rate: Annotated[float, 0, 1] = 0.5,  # how fast, in %
-    kind: Literal["a", "b"] = "a",       # which
-    loud: bool = False,                  # whether
-    place: str = "here",                 # where
-):
-    """Only its signature is read."""
+class Settings:
+    steps: Annotated[int, 1, 100] = 10
+    rate: Annotated[float, 0, 1] = 0.5  # how fast, in %
+    kind: Literal["a", "b"] = "a"
+    loud: bool = False
+    place: str = "here"
 
 
 def test_options():
-    parser = data.Parser("usage", settings)
-    assert vars(parser.parse_args([])) == settings.__kwdefaults__
+    parser = data.Parser("usage", Settings)
+    usual = {"steps": 10, "rate": 0.5, "kind": "a", "loud": False, "place": "here"}
+    assert vars(parser.parse_args([])) == usual
     given = parser.parse_args(["--steps=5", "--rate", "1e-1", "--kind=B", "--loud=True", "--place=~"])
     assert vars(given) == {"steps": 5, "rate": 0.1, "kind": "b", "loud": True, "place": str(Path.home())}
     assert "how fast, in % (default: 0.5)" in parser.format_help()
-    for argument in ("--steps=0", "--steps=2.5", "--steps=", "--rate=nan", "--rate=1.01", "--kind=c",
-                     "--loud=1", "--place=", "--zzz=1", "--step=5", "other"):  # --step: no abbreviations
+    for argument in ("--steps=0", "--steps=2.5", "--rate=nan", "--kind=c", "--loud=1", "--place=", "--zzz=1"):
         with pytest.raises(data.InputError):
             parser.parse_args([argument])
 
 
 def slow_bpe(words, size):
-    """Counts all pairs anew at each step; ties go to the pair of older tokens. None if pairs run out."""
+    """Counts all pairs anew at each step; ties go to the pair of older tokens."""
     tokens = [bytes([b]) for b in range(256)]
     spelled = {word: list(word.encode()) for word in words}
     while len(tokens) < size:
@@ -136,29 +133,28 @@ def slow_bpe(words, size):
             for pair in zip(ids, ids[1:]):
                 counts[pair] += words[word]
         if not counts:
-            return None
+            break
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         for ids in spelled.values():
             for i in range(len(ids)):  # past the end of merged ids there is nothing to find
                 if tuple(ids[i : i + 2]) == best:
                     ids[i : i + 2] = [len(tokens)]
         tokens.append(tokens[best[0]] + tokens[best[1]])
-    return {token: rank for rank, token in enumerate(tokens)}
+    return tokens
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", "aab ", "etaoin", "b🙂🙃日"])
 def test_bpe_equals_slow_trainer(alphabet):
     rng = random.Random(0)
     words = Counter("".join(rng.choices(alphabet, k=rng.randint(1, 14))) for _ in range(60))
-    for size in (256, 257, 258, 261, 270, 300):
+    for size in (256, 257, 261, 270, 300):
         wanted = slow_bpe(words, size)
-        if wanted is None:
+        if len(wanted) < size:
             with pytest.raises(data.InputError, match="too little text"):
                 data.train_bpe(words, size)
-        else:
-            backwards = dict(reversed(words.items()))
-            for found in (data.train_bpe(words, size), data.train_bpe(backwards, size)):
-                assert list(found.items()) == list(wanted.items()) and len(found) == size
+            continue
+        for given in (words, dict(reversed(words.items()))):  # whatever their order
+            assert list(data.train_bpe(given, size).items()) == list(zip(wanted, range(size)))
 
 
 def test_words():
@@ -166,16 +162,13 @@ def test_words():
     assert found == {"The": 2, " cat": 1, "'s": 1, " ": 1, " hat": 1, ",": 1, " 123": 1, "45": 1}
 
 
-def test_the_bpe_is_trained_on_a_share_of_much_text(tmp_path, monkeypatch):
-    """None of it is validation text if there is enough other."""
+def test_of_much_text_the_bpe_is_trained_on_a_share_without_validation_text(tmp_path, monkeypatch):
     source = write_source(tmp_path / "in.txt", sentences(400))
-    whole = prepare(tmp_path, source, name="whole")
     monkeypatch.setattr(data, "SAMPLE", 0.6 * source.stat().st_size)
     folder = prepare(tmp_path, source, name="share", val_fraction=0.4)
     monkeypatch.undo()
     train = prepare(tmp_path, write_source(tmp_path / "train.txt", documents_of(folder, "train")))
-    ranks = [(folder / "tokenizer.tiktoken").read_text() for folder in (whole, folder, train)]
-    assert ranks[0] != ranks[1] == ranks[2]
+    assert contents(folder)["tokenizer.tiktoken"] == contents(train)["tokenizer.tiktoken"]
 
 
 TEXTS = [
@@ -198,7 +191,6 @@ def test_text_round_trips(tokenizer):
 
 
 def test_lower_is_per_character():
-    """Character i of the result is character i of the text, on every code point."""
     everything = "".join(map(chr, range(sys.maxunicode + 1)))
     assert data.lower(everything) == "".join(c.lower() if len(c.lower()) == 1 else c for c in everything)
     assert data.lower("İI ΟΔΟΣ ΑΣ. Straße ẞ") == "İi οδοσ ασ. straße ß"
@@ -214,7 +206,7 @@ def test_ranks_are_in_tiktokens_format(corpus, tokenizer, monkeypatch):
     assert sorted(ranks.values()) == list(range(396)) and tokenizer.vocab_size == 400
     assert tokenizer.special_ids == dict(zip(SPECIALS, range(396, 400)))
     lines = tokenizer.state()["ranks"].splitlines()  # a checkpoint's may be damaged as well
-    for damaged in ([], ["not base64! 0", *lines], lines[1:], [*lines, "AAAA 5"]):
+    for damaged in (["not base64! 0", *lines], lines[1:], [*lines, "AAAA 5"]):
         with pytest.raises(data.InputError):
             data.Tokenizer.from_state({**tokenizer.state(), "ranks": "\n".join(damaged)})
 
@@ -238,21 +230,6 @@ def test_encode_pair_cuts_the_longer_side_first(tokenizer):
 # From text to a corpus
 
 
-def test_pieces_joined_are_the_document(monkeypatch):
-    """Lines are blank, short, or longer than a piece, with spaces or without."""
-    monkeypatch.setattr(data, "PIECE", 60)
-    rng = random.Random(0)
-    for _ in range(300):
-        lines, word = [], rng.choice(["x", "ab", "word", "y" * 13, "日本"])
-        for _ in range(rng.randint(0, 12)):
-            lines.append(rng.choice(["", "  ", word * 3, word * rng.randint(1, 60), " " * rng.randint(1, 150),
-                                     f"{word} " * rng.randint(1, 60), f"{word}."]) + "\n")
-        found = list(data.pieces([*lines, None, "next", None]))
-        assert found.pop() == (True, "next") and all(0 < len(text) <= 60 for _, text in found)
-        assert [new for new, _ in found] == [True, *[False] * (len(found) - 1)][: len(found)]
-        assert "".join(text for _, text in found).rstrip() == "".join(lines).strip()
-
-
 def test_pieces(monkeypatch):
     monkeypatch.setattr(data, "PIECE", 12)
     lines = ["one two\n", "six\n", "seven eight nine\n", None, " \n", None, "\n", "x" * 26 + "\n", "y", None]
@@ -260,16 +237,21 @@ def test_pieces(monkeypatch):
     assert list(data.pieces(lines)) == list(zip([True, False, False, True, False, False], wanted))
     endless = itertools.cycle(["some words\n", None])  # given as lines come
     assert list(itertools.islice(data.pieces(endless), 3)) == [(True, "some words")] * 3
+    rng = random.Random(0)
+    for _ in range(300):  # joined they are the document: lines are blank, short or longer than a piece
+        makers = [lambda n: " " * n, lambda n: "word " * n, lambda n: "日本" * n, lambda n: "word."]
+        lines = [rng.choice(makers)(rng.randint(0, 30)) + "\n" for _ in range(rng.randint(0, 12))]
+        found = list(data.pieces([*lines, None, "next", None]))
+        assert found.pop() == (True, "next") and all(0 < len(text) <= 12 for _, text in found)
+        assert [new for new, _ in found] == [True, *[False] * (len(found) - 1)][: len(found)]
+        assert "".join(text for _, text in found).rstrip() == "".join(lines).strip()
 
 
 FIRST = "The first paragraph is plain English and makes a sentence of some length."
-METHOD = "The method waits until the work is done, and gives back what was found."
 SECOND = "This one is only in the second of the files, so it is kept there as it is."
 SOURCE = f'''"""{FIRST}
 
     >>> code_example(that is no prose but has a good many words in it).
-
-    Here f(x), g(y), h(z), k_1 and k_2 are too many symbols.
 """
 raise SystemExit("this file must never be run")
 
@@ -285,14 +267,15 @@ async def method(self):
 
 def test_default_text(tmp_path, monkeypatch):
     """The prose of source files, each paragraph once; prepared with a vocabulary and a split of its own."""
-    files = {"a.py": SOURCE, "b.py": f'"""{FIRST}\n\n{SECOND}"""', "c.py": "this is { no Python"}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
     assert len(data.docs_files()) > 1000 and not any("/tests/" in file for file in data.docs_files())
-    monkeypatch.setattr(data, "docs_files", lambda: [str(tmp_path / name) for name in files])
+    files = [tmp_path / name for name in ("a.py", "b.py", "c.py")]
+    for file, text in zip(files, [SOURCE, f'"""{FIRST}\n\n{SECOND}"""', "this is { no Python"]):
+        file.write_text(text)
+    monkeypatch.setattr(data, "docs_files", lambda: list(map(str, files)))
     folder = data.prepare(data_dir=str(tmp_path / "data"), vocab_size=270, workers=1)  # a given value counts
     assert folder == tmp_path / "data" / "docs" and meta_of(folder)["val_fraction"] == 0.05
-    assert sorted(documents_of(folder)) == sorted(lowered([f"{FIRST}\n{METHOD}", SECOND]))
+    method = "The method waits until the work is done, and gives back what was found."
+    assert sorted(documents_of(folder)) == sorted(lowered([f"{FIRST}\n{method}", SECOND]))
     with pytest.raises(data.InputError, match="not 8188"):  # the default text's own vocabulary
         data.prepare(data_dir=str(tmp_path / "other"), workers=1)
 
@@ -313,9 +296,8 @@ def test_the_corpus_is_the_documents(tmp_path, monkeypatch, name, field):
             split = wanted["val" if in_val else "train"]
             split += [i for text in part for i in tokenizer.encode(text)] + [tokenizer.sep_id]
     assert {split: ids_of(folder, split).tolist() for split in wanted} == wanted
-    meta = meta_of(folder)
-    assert meta["documents"] == len(documents) < len(documents_of(folder)) - 10
-    assert meta["bytes"] == len("".join(lowered(documents)).encode()) and meta["sources"] == [str(source)]
+    assert meta_of(folder)["documents"] == len(documents) < len(documents_of(folder)) - 10
+    assert meta_of(folder)["bytes"] == len("".join(lowered(documents)).encode())
     assert sorted(os.listdir(folder)) == FILES and sorted(os.listdir(folder.parent)) == ["split", "whole"]
     assert folder.stat().st_mode & 0o055 == 0o055  # readable by others, unlike a temporary folder
 
@@ -376,11 +358,9 @@ def test_the_split_depends_on_the_text_alone(tmp_path):
 
     wanted = val("all", documents)
     assert val("more", more + documents[::-1]) - set(lowered(more)) == wanted
-    assert val("case", [d.upper() for d in documents if d.isascii()] + documents) == wanted
-    assert val("size", documents, vocab_size=290) == wanted
-    smaller, larger = val("small", documents, val_fraction=0.1), val("large", documents, val_fraction=0.5)
-    assert smaller < wanted < larger
-    assert len(smaller) < 25 and 20 < len(wanted) < 55 and 40 < len(larger) < 80
+    assert val("case", [d.upper() for d in documents if d.isascii()] + documents, vocab_size=290) == wanted
+    smaller = val("small", documents, val_fraction=0.1)
+    assert smaller < wanted and len(smaller) < 25 and 20 < len(wanted) < 55
 
 
 def test_the_tokenizer_of_a_corpus_is_reused(corpus, tmp_path):
@@ -407,14 +387,12 @@ def test_an_encoding_of_tiktoken(tmp_path, monkeypatch, highest, dtype):
     folder = prepare(tmp_path, source, encoding="gpt2", val_fraction=0, lowercase=False)
     meta, sep = meta_of(folder), highest + 3
     assert meta["special_ids"] == dict(zip(SPECIALS, range(highest + 1, highest + 5)))
-    assert meta["dtype"] == dtype and meta["vocab_size"] == highest + 5 and meta["pattern"] == r" ?\w+|\W"
+    assert meta["dtype"] == dtype and meta["pattern"] == r" ?\w+|\W"
     wanted = [i for d in documents for i in [*encoding.encode_ordinary(d), sep]]
     assert ids_of(folder, "train").tolist() == wanted and wanted[0] == highest
     assert data.Tokenizer.load(folder).pieces([highest, 300, sep]) == ["the", "", "[SEP]"]
     tokens = data.Sequences(folder, "train", 10, 1, 8, 0).batch(0, range(9), 9)["tokens"]
     assert tokens[0, 0] == highest + 2 and set(tokens[:, 1:].ravel()) <= set(wanted)
-    with pytest.raises(data.InputError, match="gpt3"):
-        prepare(tmp_path, source, encoding="gpt3", name="none")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -426,8 +404,8 @@ def test_an_encoding_of_tiktoken(tmp_path, monkeypatch, highest, dtype):
 def test_a_signal_leaves_nothing_and_no_traceback(corpus, tmp_path, sent, send, written):
     """Ctrl-C reaches the whole group of processes: workers at work, or workers that are just starting."""
     write_source(tmp_path / "in.txt", sentences(3000) * 60)
-    arguments = ["in.txt", "--name=new", f"--encoding={corpus}", "--workers=2"]
-    process = start(tmp_path, *arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = start(tmp_path, "in.txt", "--name=new", f"--encoding={corpus}", "--workers=2",
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         while not any(file.stat().st_size >= written for file in tmp_path.glob("data/.new.*/new/train.bin")):
             assert process.poll() is None
@@ -441,18 +419,10 @@ def test_a_signal_leaves_nothing_and_no_traceback(corpus, tmp_path, sent, send, 
     assert process.returncode == 128 + sent and err == "" and listing(tmp_path / "data") == []
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
-    resource = pytest.importorskip("resource")
-    write_source(tmp_path / "in.txt", sentences(2000))
-    process = start(tmp_path, "in.txt", "--name=new", "--vocab_size=280", "--workers=1",
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and err.startswith("data.py: ") and err.count("\n") == 1
-    assert listing(tmp_path / "data") == []
-
-
 def test_overwrite_replaces_a_corpus_or_leaves_it(tmp_path, monkeypatch):
     first, second = (write_source(tmp_path / f"{i}.txt", sentences(40, seed=i)) for i in range(2))
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"good text\n" * 50 + b"\xff\n")
     folder, rename = prepare(tmp_path, first), os.rename
     before = contents(folder)
 
@@ -463,12 +433,15 @@ def test_overwrite_replaces_a_corpus_or_leaves_it(tmp_path, monkeypatch):
 
     with pytest.raises(data.InputError, match="overwrite"):
         prepare(tmp_path, second)
-    (tmp_path / "bad.txt").write_bytes(b"good text\n" * 50 + b"\xff\n")
     with pytest.raises(data.InputError, match="line 51"):
-        prepare(tmp_path, tmp_path / "bad.txt", overwrite=True)
+        prepare(tmp_path, bad, overwrite=True)
     monkeypatch.setattr(os, "rename", rename_and_stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, second, overwrite=True)
+    with monkeypatch.context() as patch:  # as if another command wrote it meanwhile
+        patch.setattr(data, "checksum", lambda path: str(os.utime(folder)))
+        with pytest.raises(data.InputError, match="meanwhile"):
+            prepare(tmp_path, second, overwrite=True)
     assert contents(folder) == before and os.listdir(tmp_path / "data") == ["corpus"]
     prepare(tmp_path, second, overwrite=True, encoding=str(folder))  # with its own tokenizer
     assert sorted(documents_of(folder)) == sorted(lowered(sentences(40, seed=1)))
@@ -477,37 +450,17 @@ def test_overwrite_replaces_a_corpus_or_leaves_it(tmp_path, monkeypatch):
 
 def test_overwrite_never_deletes_a_users_files(corpus, tmp_path):
     source, folder = write_source(tmp_path / "in.txt", sentences(40)), tmp_path / "data"
-    for name in ("corpus", "more", "less", "other"):
+    for name in ("more", "other"):
         shutil.copytree(corpus, folder / name)
     (folder / "more" / "notes.md").write_text("a user's file")
-    (folder / "less" / "meta.json").unlink()
     (folder / "other" / "meta.json").write_text('{"title": "of another program"}')
     (folder / "file").write_text("a user's file")
-    (folder / "link").symlink_to(folder / "corpus")
+    (folder / "link").symlink_to(corpus)
     before = listing(folder)
-    for name in ("more", "less", "other", "file", "link"):
+    for name in ("more", "other", "file", "link"):
         with pytest.raises(data.InputError):
             prepare(tmp_path, source, overwrite=True, name=name)
     assert listing(folder) == before
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_of_two_preparations_at_once_the_first_to_finish_stays(tmp_path, monkeypatch, overwrite):
-    sources = [write_source(tmp_path / f"{i}.txt", sentences(40, seed=i)) for i in range(3)]
-    if overwrite:
-        prepare(tmp_path, sources[2])
-    encode = data.encode_chunk
-
-    def encode_while_another_is_made(*arguments, **options):
-        monkeypatch.setattr(data, "encode_chunk", encode)
-        prepare(tmp_path, sources[1], overwrite=overwrite)
-        return encode(*arguments, **options)
-
-    monkeypatch.setattr(data, "encode_chunk", encode_while_another_is_made)
-    with pytest.raises(data.InputError, match="corpus"):
-        prepare(tmp_path, sources[0], overwrite=overwrite)
-    assert sorted(documents_of(tmp_path / "data/corpus")) == sorted(lowered(sentences(40, seed=1)))
-    assert os.listdir(tmp_path / "data") == ["corpus"]
 
 
 GOOD = "\n".join(sentences(30)).encode() + b"\n"
@@ -520,14 +473,12 @@ PACKED = gzip.compress(GOOD * 20, mtime=0)
     ("a.md", GOOD, "in", "in"),
     ("a.txt", b"fine\n\nLatin caf\xe9.\n", "in", "in/a.txt, line 3: byte 10"),
     ("a.jsonl", ROW + b"\n" + b'{"text": \n', "in", "in/a.jsonl, line 3"),
-    ("a.jsonl", b"[" * 10**5, "in", "in/a.jsonl, line 1"),
     ("a.jsonl.gz", gzip.compress(ROW + b'{"txt": "a"}'), "in", "in/a.jsonl.gz, line 2"),
-    ("a.jsonl", ROW + b'{"text": null}\n', "in", "in/a.jsonl, line 2"),
     ("a.txt.gz", PACKED[:-30], "in", "in/a.txt.gz"),
     ("a.txt.gz", PACKED[:50] + b"\xff" * 40 + PACKED[90:], "in", "in/a.txt.gz"),
     ("a.txt", b"\n \n\t\n", "in", "no text"),
-    ("a.txt", b"abcd", "in", "vocab_size"),
-    ("a.txt", GOOD, "--encoding=in", "in"),
+    ("a.txt", GOOD, "--encoding=in", "in is not a corpus"),
+    ("a.txt", GOOD, "--encoding=gpt3", "gpt3"),
     ("a.txt", GOOD, "--name=../new", "--name='../new'"),
     ("a.txt", GOOD, "--data_dir=in/a.txt/out", "in/a.txt")])
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, name, raw, argument, words):
@@ -543,19 +494,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, nam
 
 
 @pytest.mark.parametrize("name, damage", [
-    ("train.bin", None), ("train.bin", lambda raw: raw[:-2]),
     ("train.bin", lambda raw: bytes([raw[0] ^ 1]) + raw[1:]),
-    ("tokenizer.tiktoken", None), ("tokenizer.tiktoken", lambda raw: raw.replace(b"IHQ= ", b"enp6 ")),
-    ("meta.json", None), ("meta.json", lambda raw: b"{}"), ("meta.json", lambda raw: raw[:-10]),
-    ("meta.json", lambda raw: raw.replace(b'"train": ', b'"train": -')),
+    ("tokenizer.tiktoken", lambda raw: raw.replace(b"IHQ= ", b"enp6 ")),
+    ("meta.json", lambda raw: raw[:-10]),
     ("meta.json", lambda raw: raw.replace(b'"[SEP]": 398', b'"[SEP]": 390'))])
 def test_a_damaged_corpus_is_refused(corpus, tmp_path, name, damage):
     path = shutil.copytree(corpus, tmp_path / "copy") / name
-    if damage:
-        path.write_bytes(damage(path.read_bytes()))
-    else:
-        path.unlink()
-    with pytest.raises((data.InputError, FileNotFoundError), match="copy"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(data.InputError, match="copy"):
         data.Tokenizer.load(path.parent)
         sequences(path.parent)
 
@@ -565,27 +511,6 @@ def test_a_damaged_corpus_is_refused(corpus, tmp_path, name, damage):
 
 
 T, K, C = 33, 5, 28  # max_len, masked positions, length of a crop
-LENGTH = 200 * (T - 1) + 7  # tokens of the split: 200 sequences and a rest
-CLS, SEP, VOCAB = 20_001, 20_002, 20_004
-
-
-def write_corpus(folder, tokens):
-    """A corpus of these training tokens."""
-    tokens.astype(np.uint16).tofile(folder / "train.bin")
-    sums = {"train": data.checksum(folder / "train.bin"), "val": "", "tokenizer": ""}
-    meta = {"vocab_size": VOCAB, "tokens": {"train": len(tokens), "val": 0}, "dtype": "uint16",
-            "lowercase": True, "pattern": "", "sha256": sums,
-            "special_ids": {"[PAD]": 20_000, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": 20_003}}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A corpus whose token at place i is i, but for some [SEP]: a sequence tells where it comes from."""
-    tokens = np.arange(LENGTH)
-    tokens[np.random.default_rng(0).integers(0, LENGTH, LENGTH // 20)] = SEP
-    return write_corpus(tmp_path_factory.mktemp("packed"), tokens)
 
 
 def sequences(folder, seed=0):
@@ -596,72 +521,70 @@ def joined(parts):
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-@pytest.fixture(scope="module")
-def drawn(packed):
-    """The sequences of twelve epochs."""
-    return joined([sequences(packed).batch(step, range(200), 200) for step in range(12)])
-
-
-def test_each_epoch_is_a_permutation_of_the_corpus(packed):
-    """Batches of 16 run over the ends of epochs, where 200 sequences are no whole number of them."""
-    found, stream = sequences(packed), ids_of(packed, "train")
-    tokens = joined([found.batch(step, range(16), 16) for step in range(200 * 4 // 16)])["tokens"]
-    assert len(found) == 200 and tokens.shape == (800, T) and np.all(tokens[:, 0] == CLS)
+def test_each_epoch_is_a_permutation_of_the_corpus(corpus, tokenizer):
+    """Batches of 16 run over the ends of epochs, where the sequences are no whole number of them."""
+    found, stream = sequences(corpus), ids_of(corpus, "train")
+    n = len(found)
+    assert n == len(stream) // (T - 1) and n % 16 and len(stream) % (T - 1)
+    tokens = joined([found.batch(step, range(16), 16) for step in range(n // 4 + 1)])["tokens"]
+    assert tokens.shape[1] == T and np.all(tokens[:, 0] == tokenizer.cls_id)
     rows = list(map(tuple, tokens[:, 1:].tolist()))
-    epochs = [rows[i : i + 200] for i in range(0, 800, 200)]
-    wanted = sorted(tuple(stream[i * (T - 1) : (i + 1) * (T - 1)].tolist()) for i in range(200))
+    epochs = [rows[i : i + n] for i in range(0, 4 * n, n)]
+    wanted = sorted(tuple(stream[i * (T - 1) : (i + 1) * (T - 1)].tolist()) for i in range(n))
     assert all(sorted(epoch) == wanted for epoch in epochs) and len(set(map(tuple, epochs))) == 4
 
 
-def test_masks_are_spread_evenly(drawn):
-    """Every ordinary token is masked about equally often, at every position; [CLS] and [SEP] never."""
-    tokens, masked = drawn["tokens"], drawn["masked"]
-    assert masked.shape == (2400, K) and np.all(np.diff(masked) > 0)
-    ordinary = ~np.isin(tokens, [CLS, SEP])
-    assert np.take_along_axis(ordinary, masked, 1).all()
+def test_masks_crops_and_uniforms(corpus, tokenizer):
+    drawn = joined([sequences(corpus).batch(step, range(200), 200) for step in range(12)])
+    tokens, masked, crop, uniforms = (drawn[name] for name in ("tokens", "masked", "crop", "uniforms"))
+    assert masked.shape == uniforms.shape == (2400, K) and crop.shape == (2400, C + 1)
+
+    # Every ordinary token is masked about equally often, at every position; [CLS] and [SEP] never
+    ordinary = ~np.isin(tokens, [tokenizer.cls_id, tokenizer.sep_id])
+    assert np.take_along_axis(ordinary, masked, 1).all() and np.all(np.diff(masked) > 0)
     expected = (ordinary * K / ordinary.sum(1, keepdims=True)).sum(0)
     assert np.all(np.abs(np.bincount(masked.ravel(), minlength=T) - expected) <= 4.5 * np.sqrt(expected))
     assert len({(*t, *m) for t, m in zip(tokens.tolist(), masked.tolist())}) > 2390  # new in each epoch
 
-
-def test_crops_and_uniforms(drawn):
-    """A crop is a stretch of its sequence and begins at any place equally often."""
+    # A crop is a stretch of its sequence and begins at any place equally often
     places = np.arange(1, T - C + 1)
-    stretches = drawn["tokens"][:, places[:, None] + np.arange(C)]  # (2400, places, C)
-    found = (stretches == drawn["crop"][:, None, 1:]).all(2)
-    assert drawn["crop"].shape == (2400, C + 1) and np.all(drawn["crop"][:, 0] == CLS)
-    assert np.all(found.sum(1) == 1) and np.all(np.abs(found.sum(0) - 2400 / len(places)) < 100)
-    uniforms = drawn["uniforms"]
+    found = (tokens[:, places[:, None] + np.arange(C)] == crop[:, None, 1:]).all(2)
+    assert np.all(crop[:, 0] == tokenizer.cls_id) and np.all(found.sum(1) == 1)
+    assert np.all(np.abs(found.sum(0) - 2400 / len(places)) < 100)
+
     assert uniforms.dtype == np.float32 and uniforms.min() >= 0 and uniforms.max() < 1
-    counts = np.bincount((uniforms.ravel() * 10).astype(int))
-    assert uniforms.shape == (2400, K) and np.all(np.abs(counts - 1200) < 150)
+    assert np.all(np.abs(np.bincount((uniforms.ravel() * 10).astype(int)) - 1200) < 150)
 
 
-def test_a_sequence_is_a_function_of_seed_step_and_index(packed):
-    found = sequences(packed)
+def test_a_sequence_is_a_function_of_seed_step_and_index(corpus):
+    found = sequences(corpus)
     wanted = found.batch(5, range(12), 12)
-    for step in (900, 0, 3):
-        found.batch(step, [7, 2], 12)
-    for reader in (found, sequences(packed)):  # whatever was asked for before, in whatever order
+    found.batch(900, [7, 2], 12)
+    for reader in (found, sequences(corpus)):  # whatever was asked for before, in whatever order
         backwards = reader.batch(5, range(11, -1, -1), 12)
         np.testing.assert_equal({name: rows[::-1] for name, rows in backwards.items()}, wanted)
     others = [found.batch(step, range(12), 12) for step in (0, 1, 2, 25)]  # 25: the second epoch
-    others += [sequences(packed, seed).batch(5, range(12), 12) for seed in (1, 2, 10**6)]
+    others += [sequences(corpus, seed).batch(5, range(12), 12) for seed in (1, 2, 10**6)]
     for name in wanted:
         rows = {tuple(row) for batch in [wanted, *others] for row in batch[name].tolist()}
         assert len({batch[name].tobytes() for batch in [wanted, *others]}) == 8 and len(rows) > 75
 
 
 @pytest.mark.parametrize("world, micro", [(1, 12), (1, 3), (2, 6), (3, 2)])
-def test_batches_of_any_number_of_processes_and_passes_are_the_same(packed, world, micro):
-    readers = [data.batches(sequences(packed), 12, micro, rank, world, 5) for rank in range(world)]
+def test_batches_of_any_number_of_processes_and_passes_are_the_same(corpus, world, micro):
+    readers = [data.batches(sequences(corpus), 12, micro, rank, world, 5) for rank in range(world)]
     for step in (5, 6):
         parts = [next(reader) for _ in range(12 // (micro * world)) for reader in readers]
-        np.testing.assert_equal(joined(parts), sequences(packed).batch(step, range(12), 12))
+        np.testing.assert_equal(joined(parts), sequences(corpus).batch(step, range(12), 12))
 
 
-@pytest.mark.parametrize("token", [VOCAB, SEP])
-def test_unusable_tokens_are_refused(tmp_path, token):
-    """Beyond the vocabulary, or none that may be masked. Their checksum is right: they were written so."""
+@pytest.mark.parametrize("token", [400, 398])
+def test_unusable_tokens_are_refused(corpus, tmp_path, token):
+    """Beyond the vocabulary, or [SEP] alone. Their checksum is right: they were written so."""
+    folder = shutil.copytree(corpus, tmp_path / "copy")
+    np.full(9999, token, np.uint16).tofile(folder / "train.bin")
+    meta = meta_of(folder)
+    meta["sha256"]["train"] = data.checksum(folder / "train.bin")
+    (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(data.InputError, match="train.bin"):
-        sequences(write_corpus(tmp_path, np.full(LENGTH, token))).batch(0, [0], 1)
+        sequences(folder).batch(0, [0], 1)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -86,7 +85,7 @@ def glue_rows(name, count, seed):
 
 
 def write_glue(folder, name, count=40, dev_is_train=False):
-    """The official files of a task, with its header, byte-order mark and line ends."""
+    """The official files of a task, with its headers."""
     row, place = finetune.TASKS[name], Path(folder, name)
     place.mkdir(parents=True, exist_ok=True)
     dev = [f"{split}{suffix}" for suffix in row.get("sets", {name: ""}).values() for split in ("dev", "test")]
@@ -97,10 +96,7 @@ def write_glue(folder, name, count=40, dev_is_train=False):
         for i, (texts, label) in enumerate(glue_rows(name, count, "train" if dev_is_train else split)):
             value = {"index": str(i), "id": str(i), row["label"]: label, **dict(zip(row["texts"], texts))}
             lines.append("\t".join(value.get(column, "x") for column in columns))
-        content = "\n".join(lines) + "\n" * (name != "CoLA")
-        if name == "MRPC":
-            content = "\ufeff" + content.replace("\n", "\r\n")
-        (place / f"{split}.tsv").write_bytes(content.encode())
+        (place / f"{split}.tsv").write_text("\n".join(lines) + "\n" * (name != "CoLA"))
 
 
 def paragraphs_of(count, seed, version, fillers=12):
@@ -147,25 +143,7 @@ def start(arguments, **environment):
                             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
-# --- metrics; the expected values are scikit-learn's and scipy's
-
-
-def test_metrics():
-    gold, predicted = np.array([[0, 1, 1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1, 1, 1]])
-    assert finetune.accuracy(gold, predicted) == 0.75
-    assert finetune.f1_score(gold, predicted) == pytest.approx(0.8, abs=1e-12)
-    assert finetune.METRICS["matthews"](gold, predicted) == pytest.approx(0.4666666666666667, abs=1e-12)
-    x, y = np.array([[1, 2, 2, 3, 5, 0], [2.5, 1.0, 2.5, 4, 4, 0.5]])
-    assert finetune.pearson(x, y) == pytest.approx(0.8000622981033496, abs=1e-12)
-    assert finetune.spearman(x, y) == pytest.approx(0.8508410434878082, abs=1e-12)
-    assert finetune.ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2]
-    zeros, ones, both = np.array([0, 0]), np.array([1, 1]), np.array([0, 1])
-    assert finetune.f1_score(zeros, zeros) == finetune.f1_score(ones, zeros) == 0.0
-    for metric in ("matthews", "pearson", "spearman"):  # a constant correlates with nothing
-        for gold, predicted in ((ones, both), (ones, ones), (both, ones), (both * 0.1, ones * 0.1)):
-            assert finetune.METRICS[metric](gold, predicted) == 0.0
-        assert finetune.METRICS[metric](both, both) == pytest.approx(1)
-        assert finetune.METRICS[metric](both, 1 - both) == pytest.approx(-1)
+# --- metrics and readers
 
 
 def test_metrics_against_obvious_versions():
@@ -175,21 +153,25 @@ def test_metrics_against_obvious_versions():
         tp, tn = (gold & predicted).sum(), (1 - gold & 1 - predicted).sum()
         fp, fn = predicted.sum() - tp, gold.sum() - tp
         mcc = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        assert finetune.METRICS["accuracy"](gold, predicted) == pytest.approx((tp + tn) / 50, abs=1e-12)
+        assert finetune.METRICS["f1"](gold, predicted) == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-9)
         assert finetune.METRICS["matthews"](gold, predicted) == pytest.approx(mcc, abs=1e-9)
-        assert finetune.f1_score(gold, predicted) == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-9)
-        x, y = draw.normal(size=(2, 30)).round(1)
+        x, y = draw.normal(size=(2, 30)).round(1)  # with ties
         rank = [[sum(a > b for b in v) + sum(a == b for b in v) / 2 for a in v] for v in (x, y)]
-        assert finetune.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9)
-        assert finetune.spearman(x, y) == pytest.approx(np.corrcoef(*rank)[0, 1], abs=1e-9)
+        assert finetune.METRICS["pearson"](x, y) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9)
+        assert finetune.METRICS["spearman"](x, y) == pytest.approx(np.corrcoef(*rank)[0, 1], abs=1e-9)
+    zeros, ones, both = np.array([[0, 0], [1, 1], [0, 1]])
+    assert finetune.METRICS["f1"](zeros, zeros) == finetune.METRICS["f1"](ones, zeros) == 0.0
+    for metric in ("matthews", "pearson", "spearman"):  # a constant correlates with nothing
+        for gold, predicted in ((ones, both), (ones, ones), (both * 0.1, ones * 0.1)):
+            assert finetune.METRICS[metric](gold, predicted) == 0.0
 
 
 @pytest.mark.parametrize("golds, predicted, version, expected", [
-    (["Denver Broncos"], "the Denver  Broncos!", "1.1", (1, 1)), (["a cat"], "An cat.", "1.1", (1, 1)),
-    (["Saint Bernadette"], "Bernadette Soubirous", "1.1", (0, 0.5)),
-    (["x y", "y z w"], "y z", "1.1", (0, 0.8)),
-    (["2,000"], "2000", "1.1", (1, 1)), (["the"], "a", "1.1", (1, 0)), (["the"], "a", "2.0", (1, 1)),
-    (["b b c"], "b c c", "1.1", (0, 2 / 3)), ([], "", "2.0", (1, 1)), ([], "x", "2.0", (0, 0)),
-    (["x"], "", "2.0", (0, 0)), (["a", "x"], "x", "2.0", (1, 1)), (["anthem"], "them", "1.1", (0, 0))])
+    (["Denver Broncos"], "the Denver  Broncos!", "1.1", (1, 1)), (["2,000"], "2000", "1.1", (1, 1)),
+    (["anthem"], "them", "1.1", (0, 0)), (["b b c"], "b c c", "1.1", (0, 2 / 3)),
+    (["x y", "y z w"], "y z", "1.1", (0, 0.8)), (["the"], "a", "1.1", (1, 0)), (["the"], "a", "2.0", (1, 1)),
+    ([], "", "2.0", (1, 1)), ([], "x", "2.0", (0, 0)), (["x"], "", "2.0", (0, 0))])
 def test_squad_scores(golds, predicted, version, expected):
     assert finetune.squad_scores(golds, predicted, version) == pytest.approx(expected, abs=1e-12)
 
@@ -200,32 +182,16 @@ def test_best_threshold_is_that_of_trying_all():
         scores, has, odds = draw.random(12), draw.random(12) < 0.6, draw.integers(-3, 4, 12).astype(float)
         scores *= has
         scores[draw.random(12) < 0.1 * ~has] = 1.0  # the answer given is empty
-
-        def total(threshold):
-            return np.where(odds <= threshold, scores, ~has).mean()
-
+        totals = [np.where(odds <= t, scores, ~has).mean() for t in [*odds, -99]]
         value, threshold = finetune.best_threshold(scores, has, odds)
-        assert value == pytest.approx(max(map(total, [*odds, -99])), abs=1e-12)
-        assert total(threshold) == pytest.approx(value, abs=1e-12)
-
-
-# --- readers
-
-
-@pytest.mark.parametrize("name", list(HEADERS))
-def test_reader_of_each_task(name, tmp_path):
-    write_glue(tmp_path, name, 7)
-    rows = finetune.read_glue(tmp_path / name / "train.tsv", name, True)
-    assert [(texts, label) for _, texts, label in rows] == glue_rows(name, 7, "train")
-    test = next((tmp_path / name).glob("test*.tsv"))
-    rows = finetune.read_glue(test, name, False)
-    assert rows == [(str(i), texts, None) for i, (texts, _) in enumerate(glue_rows(name, 7, test.stem))]
+        assert value == pytest.approx(max(totals), abs=1e-12)
+        assert np.where(odds <= threshold, scores, ~has).mean() == pytest.approx(value, abs=1e-12)
 
 
 def test_quirks_of_the_official_files(tmp_path, capsys):
-    def read(name, text, labelled=True):
+    def read(name, text):
         (tmp_path / "x.tsv").write_bytes(text.encode())
-        return finetune.read_glue(tmp_path / "x.tsv", name, labelled)
+        return finetune.read_glue(tmp_path / "x.tsv", name, True)
 
     # neither quotation marks nor other line separators mean anything
     rows = read("CoLA", 'gj04\t1\t\t"What, he said.\ngj04\t0\t*\tA\u2028b \x85c"\n\n')
@@ -236,9 +202,6 @@ def test_quirks_of_the_official_files(tmp_path, capsys):
                 "5\t1\t2\ta\tb\t1\n6\t1\t2\tcut\n off\t0\n7\t1\t2\t\tb\t0\n")
     assert rows == [("5", ["a", "b"], "1"), ("7", ["", "b"], "0")]
     assert "2 broken rows were left out" in capsys.readouterr().out
-    assert read("QQP", "id\tquestion1\tquestion2\n9\ta\tb\n", False) == [("9", ["a", "b"], None)]
-    rows = read("MNLI", "gold_label\tsentence2\tsentence1\nneutral\tb\ta\n")  # columns are found by name
-    assert rows == [("0", ["a", "b"], "neutral")]
 
 
 # --- SQuAD: offsets, windows, decoding
@@ -258,70 +221,51 @@ def test_offsets_are_characters_of_the_original(tokenizer):
 
 
 @pytest.mark.parametrize("max_len", [64, 40, 24, 16])
-def test_gold_spans_come_back_from_their_tokens(tokenizer, max_len, tmp_path):
+def test_windows_hold_question_and_context_and_the_gold_spans_come_back(tokenizer, max_len, tmp_path):
     paragraphs = paragraphs_of(10, 5, "1.1", 5) + paragraphs_of(10, 60, "1.1", 60)
     paragraphs += [paragraph("İn→ rivers, Stone", [("iver", 5)]), paragraph("a stone ", [("stone ", 2)]),
-                   paragraph("caf\u00e9\u2192", [("\u00e9", 3)])]
+                   paragraph("caf\u00e9\u2192", [("\u00e9", 3)]),
+                   paragraph("the river", [("river", 4)], question=" ".join(WORDS * 4))]
     a_set, seen = squad_set(tmp_path, tokenizer, max_len, paragraphs, "train", "1.1"), set()
     for example in a_set.examples:
-        assert len(example["tokens"]) == len(example["allowed"]) == len(example["starts"]) <= max_len
-        assert example["allowed"][example["span"]].all()
+        question, allowed = a_set.questions[example["question"]], example["allowed"]
+        text, head = (tokenizer.encode(question[key]) for key in ("context", "question"))
+        head = [tokenizer.cls_id, *head[: max_len // 2 - 2], tokenizer.sep_id, tokenizer.sep_id]
+        part = text[example["shift"] + len(head) :][: max_len - len(head) - 1]
+        assert example["tokens"].tolist() == [*head, *part, tokenizer.sep_id]
+        assert len(allowed) == len(example["starts"]) == len(example["tokens"])
+        assert allowed[0] and not allowed[1 : len(head)].any() and not allowed[-1]
+        assert allowed[example["span"]].all() and not (example["starts"] & ~allowed).any()
         if example["span"][0]:
-            question = a_set.questions[example["question"]]
-            text = a_set.answer(question, *(example["span"] + example["shift"]))
-            assert question["golds"][0][0].strip() in text
+            answer = a_set.answer(question, *(example["span"] + example["shift"]))
+            assert question["golds"][0][0].strip() in answer
             if question["id"] != "q":  # the answer is whole tokens; it keeps its capital letter
-                assert text == question["golds"][0][0]
+                assert answer == question["golds"][0][0]
             seen.add(example["question"])
     assert seen == set(range(len(paragraphs)))
 
 
-def test_windows_are_laid_out_as_documented(tokenizer, tmp_path):
-    long = paragraph(" ".join(WORDS * 9), [("river", 0)], question=" ".join(WORDS * 4))
-    a_set, held, starts = squad_set(tmp_path, tokenizer, 64, [long]), Counter(), Counter()
-    for example in a_set.examples:
-        tokens = example["tokens"]
-        first, second, last = np.flatnonzero(tokens == tokenizer.sep_id)
-        assert tokens[0] == tokenizer.cls_id and second == first + 1 and last == len(tokens) - 1
-        assert first - 1 == 64 // 2 - 2  # the question is cut
-        assert example["allowed"][0] and not example["allowed"][1 : second + 1].any()
-        assert not example["allowed"][-1] and not (example["starts"] & ~example["allowed"]).any()
-        held.update(range(second + 1 + example["shift"], last + example["shift"]))
-        starts.update((np.flatnonzero(example["starts"]) + example["shift"]).tolist())
-    length = len(tokenizer.encode(long["context"]))
-    assert set(held) == set(starts) == set(range(length)) and max(held.values()) >= 2
-    assert set(starts.values()) == {1}  # each token has its maximum context in one window
-
-
 def test_misplaced_answers_are_left_out_of_training(tokenizer, tmp_path, capsys):
     golds = [[("river", 4)], [("river", 5)], [("stone", 4), ("stone", 18)], [("river", -19)],
-             [("river", None)], [("", 0)], [("stone", 99)]]
+             [("river", None)], [("", 0)]]
     paragraphs = [paragraph("the river and the stone", g, str(i)) for i, g in enumerate(golds)]
     kept = squad_set(tmp_path, tokenizer, 64, paragraphs, "train")
     assert [question["id"] for question in kept.questions] == ["0", "2"]
-    assert "5 questions were left out" in capsys.readouterr().out
-    assert len(squad_set(tmp_path, tokenizer, 64, paragraphs, "dev")) == 7
+    assert "4 questions were left out" in capsys.readouterr().out
+    assert len(squad_set(tmp_path, tokenizer, 64, paragraphs, "dev")) == 6
 
 
 def slow_windows(length, room, stride):
     """[(begin, length)] and the window of each token's maximum context, as the official script has them."""
-    doc_spans, begin = [], 0
-    while True:
-        doc_spans.append((begin, min(room, length - begin)))
-        if begin + doc_spans[-1][1] == length:
-            break
-        begin += min(doc_spans[-1][1], stride)
-    owner = []
+    spans, owner = [(0, min(room, length))], []
+    while sum(spans[-1]) < length:
+        begin = spans[-1][0] + stride
+        spans.append((begin, min(room, length - begin)))
     for position in range(length):
-        best_score, best = None, None
-        for index, (begin, size) in enumerate(doc_spans):
-            end = begin + size - 1
-            if begin <= position <= end:
-                score = min(position - begin, end - position) + 0.01 * size
-                if best_score is None or score > best_score:
-                    best_score, best = score, index
-        owner.append(best)
-    return doc_spans, owner
+        scores = [min(position - begin, begin + size - 1 - position) + 0.01 * size
+                  if begin <= position < begin + size else -math.inf for begin, size in spans]
+        owner.append(scores.index(max(scores)))
+    return spans, owner
 
 
 def test_windows_equal_the_official_script():
@@ -391,17 +335,16 @@ def test_submission_files_are_byte_exact(tokenizer, tmp_path):
 
     assert files("RTE", "test", "index\tsentence1\tsentence2\n4\ta\tb\n7\tc\td\n", [0, 1]) == {
         "RTE.tsv": "index\tprediction\n4\tentailment\n7\tnot_entailment\n"}
-    header = "index\tsentence1\tsentence2"
-    rows = "0\ta\tb\n1\ta\tb\n2\ta\tb\n3\ta\tb\n"
-    assert files("STS-B", "test", f"{header}\n{rows}", [-0.2, 5.3, 2.00049, 3.1415926]) == {
+    text = "sentence1\tsentence2\n" + "a\tb\n" * 4
+    assert files("STS-B", "test", text, [-0.2, 5.3, 2.00049, 3.1415926]) == {
         "STS-B.tsv": "index\tprediction\n0\t0.000\n1\t5.000\n2\t2.000\n3\t3.142\n"}
-    assert files("STS-B", "dev", f"{header}\tscore\n0\ta\tb\t2.75\n", [1 / 3]) == {
+    assert files("STS-B", "dev", "sentence1\tsentence2\tscore\na\tb\t2.75\n", [1 / 3]) == {
         "STS-B.dev.tsv": "index\tprediction\tgold\n0\t0.3333333333333333\t2.75\n"}
     paragraphs = [paragraph("Naïve", [("Naïve", 0)], "a"), paragraph("x", [], "b")]
     a_set = squad_set(tmp_path, tokenizer, 64, paragraphs)
-    assert a_set.files((["Na\nï", "x"], np.array([-1.5, 2.0]))) == {
+    assert a_set.files((["Na\nï", "x"], np.array([-1.5, 1.0]))) == {
         "predictions.json": '{\n "a": "Na\\n\\u00ef",\n "b": "x"\n}\n',
-        "null_odds.json": '{\n "a": -1.5,\n "b": 2.0\n}\n',
+        "null_odds.json": '{\n "a": -1.5,\n "b": 1.0\n}\n',
         "submission.json": '{\n "a": "Na\\n\\u00ef",\n "b": ""\n}\n',
         "SQuAD-2.0.dev.tsv": 'index\tprediction\tgold\na\tNa ï\t["Na\\u00efve"]\nb\t\t[]\n'}
 
@@ -409,13 +352,12 @@ def test_submission_files_are_byte_exact(tokenizer, tmp_path):
 @pytest.mark.parametrize("name", list(HEADERS))
 def test_each_glue_task_on_an_extract(name, options, tmp_path, capsys):
     write_glue(tmp_path / "data", name)
+    rows = finetune.read_glue(tmp_path / "data" / name / "train.tsv", name, True)
+    assert [(texts, label) for _, texts, label in rows] == glue_rows(name, 40, "train")
     finetune.main([*options, f"--task={name}"])
     line, kept = json.loads(capsys.readouterr().out.splitlines()[-1]), results(tmp_path, name)
     assert {**line, "settings": kept["settings"], "runs": kept["runs"]} == kept
-    assert set(kept) == {"task", "metrics", "minimum", "maximum", "seeds", "baseline", "examples", "seconds",
-                         "examples_per_second", "step", "checksum", "init_from", "settings", "runs"}
     assert line["task"] == name and line["seeds"] == 1 and line["examples"] == 40 and line["step"] == 7
-    assert len(line["checksum"]) == 64 and line["seconds"] > 0 and line["examples_per_second"] > 0
     row, folder = finetune.TASKS[name], tmp_path / "out" / name
     extra = {"accuracy_mismatched"} if name == "MNLI" else set()
     assert set(line["metrics"]) == set(line["baseline"]) == {*row["metrics"], *extra}
@@ -426,9 +368,7 @@ def test_each_glue_task_on_an_extract(name, options, tmp_path, capsys):
         f"{place}predictions/{file}" for place in ("", "seed0/") for file in files}
     for n in names:
         rows = table(folder / f"predictions/{n}.tsv")
-        assert rows[0] == ["index", "prediction"] and [r[0] for r in rows[1:]] == [str(i) for i in range(40)]
-        for _, value in rows[1:]:
-            assert value in row["labels"] if row["labels"] else 0 <= float(value) <= 5 and len(value) == 5
+        assert [index for index, _ in rows] == ["index", *map(str, range(40))]
         # anyone can recompute the scores from the dev files
         rows = table(folder / f"predictions/{n}.dev.tsv")
         number = row["labels"].index if row["labels"] else float
@@ -438,23 +378,24 @@ def test_each_glue_task_on_an_extract(name, options, tmp_path, capsys):
             assert value == pytest.approx(finetune.METRICS[metric](gold, predicted), abs=1e-12)
 
 
-@pytest.mark.parametrize("version", ["1.1", "2.0"])
-def test_squad_on_an_extract(version, options, tmp_path, capsys):
+@pytest.mark.parametrize("version, dtype", [("1.1", "float16"), ("2.0", "bfloat16")])
+def test_squad_on_an_extract(version, dtype, options, tmp_path, capsys):
     write_squad(tmp_path / "data", version)
     name = f"SQuAD-{version}"
-    finetune.main([*options, f"--task={name}", "--max_len=32"])
+    finetune.main([*options, f"--task={name}", "--max_len=32", f"--dtype={dtype}"])
     metrics = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
+    assert results(tmp_path, name)["settings"]["dtype"] == dtype
     folder = tmp_path / "out" / name / "predictions"
     read = {f.stem: json.loads(f.read_text()) for f in folder.glob("*.json")}
     paragraphs = paragraphs_of(32, 1, version)
+    ids = [p["qas"][0]["id"] for p in paragraphs]
     golds = [[answer["text"] for answer in p["qas"][0]["answers"]] for p in paragraphs]
-    assert all(list(content) == [p["qas"][0]["id"] for p in paragraphs] for content in read.values())
+    assert all(list(content) == ids for content in read.values())
     best = list(read["predictions"].values())
     assert all(text and text in p["context"] for text, p in zip(best, paragraphs))  # never blanked
     given = list(read["submission" if version == "2.0" else "predictions"].values())
     scores = np.array([finetune.squad_scores(g, text, version) for g, text in zip(golds, given)])
     assert [metrics["exact_match"], metrics["f1"]] == pytest.approx(100 * scores.mean(0), abs=1e-9)
-    assert set(read) == {"predictions"} | ({"null_odds", "submission"} if version == "2.0" else set())
     if version == "2.0":
         odds = np.array(list(read["null_odds"].values()))
         assert given == ["" if o > 0 else text for o, text in zip(odds, best)]
@@ -464,30 +405,19 @@ def test_squad_on_an_extract(version, options, tmp_path, capsys):
         assert results(tmp_path, name)["baseline"]["f1"] == 50.0  # no answer is the most frequent one
 
 
-def test_the_same_predictions_whatever_the_batch_and_the_padding(checkpoint, tokenizer, tmp_path):
+@pytest.mark.parametrize("name", ["RTE", "SQuAD-1.1"])
+def test_the_same_predictions_whatever_the_batch_and_the_padding(name, checkpoint, tokenizer, tmp_path):
     write_glue(tmp_path, "RTE", 20)
-    paragraphs = paragraphs_of(12, 0, "1.1", 40)
-    sets = {"RTE": finetune.GlueSet(tmp_path / "RTE/train.tsv", "RTE", "RTE", "train", tokenizer, 64),
-            "SQuAD-1.1": squad_set(tmp_path, tokenizer, 48, paragraphs)}
-    config = train.load_checkpoint(checkpoint)[0].config
-    for name, a_set in sets.items():
-        torch.manual_seed(0)
-        model = finetune.Model(name, config, 0.1).eval()
-        a_set.decode = lambda outputs: outputs
-        expected = finetune.predict(model, a_set, torch.autocast("cpu", enabled=False))
-        assert len(expected) == len(a_set.examples)
-        for batch_size in (1, 3, 7):
-            found = finetune.predict(model, a_set, torch.autocast("cpu", enabled=False), batch_size)
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-        batch = finetune.collate(a_set.examples, tokenizer.pad_id)
-        values = {"tokens": tokenizer.pad_id, "allowed": 0, "starts": 0}
-        padded = {key: torch.from_numpy(np.pad(batch[key], ((0, 0), (0, 9)), constant_values=values[key]))
-                  for key in values if key in batch}
-        with torch.no_grad():
-            logits = model(padded)
-        if name == "SQuAD-1.1":
-            logits = finetune.best_spans(logits.double(), padded["starts"])
-        np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-4, atol=1e-5)
+    a_set = (squad_set(tmp_path, tokenizer, 48, paragraphs_of(12, 0, "1.1", 40)) if name == "SQuAD-1.1" else
+             finetune.GlueSet(tmp_path / "RTE/train.tsv", "RTE", "RTE", "train", tokenizer, 64))
+    a_set.decode = lambda outputs: outputs
+    torch.manual_seed(0)
+    model = finetune.Model(name, train.load_checkpoint(checkpoint)[0].config, 0.1)
+    expected = finetune.predict(model, a_set, torch.autocast("cpu", enabled=False), 1)  # without padding
+    assert len(expected) == len(a_set.examples)
+    for batch_size in (3, 7, 64):
+        found = finetune.predict(model, a_set, torch.autocast("cpu", enabled=False), batch_size)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_are_every_example_once_of_similar_length_and_seeded():
@@ -500,7 +430,7 @@ def test_batches_are_every_example_once_of_similar_length_and_seeded():
     assert np.abs(np.corrcoef([lengths[part].mean() for part in found], range(len(found)))[0, 1]) < 0.3
 
 
-# --- it learns
+# --- learning and settings
 
 
 @pytest.mark.parametrize("name, epochs, rate", [
@@ -516,8 +446,6 @@ def test_32_examples_are_overfitted(name, epochs, rate, options, tmp_path):
     assert min(kept["metrics"].values()) > (95 if name.startswith("SQuAD") else 0.95), kept["metrics"]
     model, _, task = finetune.load_finetuned(tmp_path / "out" / name / "best.pt")
     assert task == name and not model.training
-    last = torch.load(tmp_path / "out" / name / "seed0/last.pt", weights_only=True)
-    assert last["scores"] == kept["runs"][0]["last"] and last["step"] == kept["runs"][0]["steps"]
 
 
 def test_the_best_state_predicts_the_test_set(options, tmp_path, monkeypatch):
@@ -532,9 +460,11 @@ def test_the_best_state_predicts_the_test_set(options, tmp_path, monkeypatch):
     assert not torch.equal(last["model"]["out.weight"], model.out.weight)
 
 
-def test_a_run_starts_with_the_checkpoints_weights_and_has_its_own_dropout(options, checkpoint, tmp_path):
-    write_glue(tmp_path / "data", "SST-2", 4)
+def test_without_learning_the_weights_are_the_checkpoints(options, checkpoint, tmp_path, capsys):
+    write_glue(tmp_path / "data", "SST-2", 8)
     finetune.main([*options, "--task=SST-2", "--learning_rate=0"])
+    assert capsys.readouterr().out.count("warning: SST-2, seed 0 is not better than the baseline") == 1
+    assert results(tmp_path, "SST-2")["baseline"] == {"accuracy": 0.5}
     model, _, _ = finetune.load_finetuned(tmp_path / "out/SST-2/best.pt")
     weights = torch.load(checkpoint, weights_only=True)["model"]
     for name, value in model.encoder.state_dict().items():
@@ -544,74 +474,41 @@ def test_a_run_starts_with_the_checkpoints_weights_and_has_its_own_dropout(optio
     assert not torch.equal(model.train()(batch), model(batch))
 
 
-def test_scratch_has_the_shape_and_vocabulary_of_a_checkpoint(checkpoint, tmp_path, options):
+@pytest.mark.parametrize("extra, width, max_len", [([], 32, 64), (["--preset=small"], 256, 512)])
+def test_scratch_has_the_shape_that_was_asked_for(extra, width, max_len, options, checkpoint, tmp_path):
     write_glue(tmp_path / "data", "SST-2", 8)
-    scratch = [*options, "--task=SST-2", "--init_from=scratch", f"--tokenizer_from={checkpoint}"]
-    finetune.main(scratch)
+    finetune.main([*options, "--task=SST-2", "--init_from=scratch", f"--tokenizer_from={checkpoint}", *extra])
     kept = results(tmp_path, "SST-2")
-    assert kept["init_from"] == "scratch" and kept["step"] == 0 and kept["checksum"] is None
-    saved = torch.load(tmp_path / "out/SST-2/best.pt", weights_only=True)
-    assert saved["config"] == torch.load(checkpoint, weights_only=True)["config"]
-    finetune.main([*scratch, f"--out_dir={tmp_path}/small", "--preset=small"])
-    saved = torch.load(tmp_path / "small/SST-2/best.pt", weights_only=True)
-    assert saved["config"]["width"] == 256 and saved["config"]["max_len"] == 512
+    assert (kept["init_from"], kept["step"], kept["checksum"]) == ("scratch", 0, None)
+    config = torch.load(tmp_path / "out/SST-2/best.pt", weights_only=True)["config"]
+    assert (config["width"], config["max_len"]) == (width, max_len)
 
 
-def test_a_run_that_learns_nothing_is_called_so(options, tmp_path, capsys):
-    write_glue(tmp_path / "data", "SST-2", 8)
-    finetune.main([*options, "--task=SST-2", "--learning_rate=0.0"])
-    assert capsys.readouterr().out.count("warning: SST-2, seed 0 is not better than the baseline") == 1
-    assert results(tmp_path, "SST-2")["baseline"] == {"accuracy": 0.5}
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_autocast_types(options, tmp_path, dtype):
-    write_squad(tmp_path / "data", "2.0", 8)
-    finetune.main([*options, "--task=SQuAD-2.0", f"--dtype={dtype}"])
-    assert results(tmp_path, "SQuAD-2.0")["settings"]["dtype"] == dtype
-
-
-# --- settings
-
-
-@pytest.mark.parametrize("name, base, large", [  # batch, learning rate / 1e-5, epochs, warm-up
-    ("MNLI", (32, 2, 2, 1 / 16), (32, 0.5, 3, 1 / 16)), ("QQP", (32, 3, 5, 1 / 16), (32, 1, 5, 1 / 16)),
-    ("QNLI", (32, 1, 5, 1 / 16), (32, 0.7, 2, 1 / 16)), ("SST-2", (32, 2, 5, 1 / 16), (32, 0.5, 2, 1 / 16)),
-    ("CoLA", (16, 2, 10, 1 / 16), (16, 1, 10, 1 / 10)), ("RTE", (16, 2, 10, 1 / 10), (32, 2, 5, 1 / 16)),
-    ("MRPC", (16, 4, 10, 1 / 16), (16, 2, 5, 1 / 16)), ("STS-B", (16, 4, 10, 1 / 16), (16, 2, 10, 1 / 16)),
-    ("SQuAD-1.1", (32, 2, 3, 1 / 10), (32, 2, 3, 1 / 10)),
-    ("SQuAD-2.0", (32, 2, 3, 1 / 10), (32, 2, 3, 1 / 10))])
-def test_the_authors_settings_are_the_defaults(name, base, large):
-    for preset, (batch_size, rate, epochs, warmup) in (("base++", base), ("large++", large)):
-        args = settings(name, [], preset)
-        assert (args.batch_size, args.epochs, args.warmup_fraction) == (batch_size, epochs, warmup)
-        assert args.learning_rate == pytest.approx(rate * 1e-5, rel=1e-12)
-        assert args.max_len == (384 if name.startswith("SQuAD") else 512)
+def test_settings_are_the_authors_unless_a_constant_or_the_command_line_says_otherwise(monkeypatch):
+    def settings(name, preset, *argv):
+        args = data.Parser("", finetune).parse_args(argv)
+        args = finetune.settings_of(name, args, finetune.Config.from_preset(preset, vocab_size=100))
         assert (args.dropout, args.weight_decay) == (0.1, 0.01)
         assert (args.beta1, args.beta2, args.epsilon) == (0.9, 0.98, 1e-6)
+        return args.batch_size, args.learning_rate, args.epochs, args.warmup_fraction, args.max_len
+
+    assert settings("MNLI", "base++") == (32, 2e-5, 2, 1 / 16, 512)
+    assert settings("RTE", "base++") == (16, 2e-5, 10, 1 / 10, 512)
+    assert settings("CoLA", "large++") == (16, 1e-5, 10, 1 / 10, 512)
+    assert settings("SQuAD-2.0", "large++") == (32, 2e-5, 3, 1 / 10, 384)
+    monkeypatch.setattr(finetune, "epochs", 7, raising=False)
+    assert settings("CoLA", "base++") == (16, 2e-5, 7, 1 / 16, 512)
+    assert settings("CoLA", "base++", "--epochs=2") == (16, 2e-5, 2, 1 / 16, 512)
 
 
 def test_the_metrics_that_select_the_best_state():
     scores = {"accuracy": 1, "f1": 2, "accuracy_mismatched": 4, "best_f1": 8, "exact_match": 16,
               "best_exact_match": 32, "pearson": 64, "spearman": 128, "matthews": 256}
-    expected = {"MRPC": 1, "QQP": 1, "MNLI": 1, "RTE": 1, "STS-B": 96, "CoLA": 256, "SQuAD-1.1": 2,
-                "SQuAD-2.0": 8}
+    expected = {"MRPC": 1, "QQP": 1, "MNLI": 1, "STS-B": 96, "SQuAD-1.1": 2, "SQuAD-2.0": 8}
     assert {name: finetune.selecting(name, scores) for name in expected} == expected
 
 
-def settings(name, argv, preset="base++"):
-    args = data.Parser("", finetune).parse_args(argv)
-    return finetune.settings_of(name, args, finetune.Config.from_preset(preset, vocab_size=100))
-
-
-def test_the_command_line_overrides_a_constant_and_a_constant_the_table(monkeypatch):
-    monkeypatch.setattr(finetune, "epochs", 7, raising=False)
-    assert settings("CoLA", []).epochs == 7 and settings("CoLA", []).batch_size == 16
-    assert settings("CoLA", ["--epochs=2"]).epochs == 2
-    assert settings("CoLA", ["--dropout", "0"], "large++").dropout == 0
-
-
-# --- seeds and folders
+# --- seeds, folders, processes
 
 
 def test_a_killed_run_keeps_its_seeds_and_a_second_run_is_refused(options, tmp_path, capsys):
@@ -636,8 +533,6 @@ def test_a_killed_run_keeps_its_seeds_and_a_second_run_is_refused(options, tmp_p
 
     finetune.main([*options, f"--seeds={count}", f"--out_dir={tmp_path}/straight"])
     a, b = results(tmp_path, "STS-B"), results(tmp_path, "STS-B", "straight")
-    for key in ("metrics", "minimum", "maximum", "baseline", "seeds", "settings", "checksum"):
-        assert a[key] == b[key]
     assert [run["metrics"] for run in a["runs"]] == [run["metrics"] for run in b["runs"]]
     values = [run["metrics"]["pearson"] for run in a["runs"]]
     assert a["metrics"]["pearson"] == np.median(values) and len(set(values)) == count
@@ -651,8 +546,7 @@ def test_a_killed_run_keeps_its_seeds_and_a_second_run_is_refused(options, tmp_p
     # the summary alone is missing, as after a kill just before it
     (folder / "results.json").unlink()
     finetune.main([*options, f"--seeds={count}"])
-    again = results(tmp_path, "STS-B")
-    assert again == a
+    assert results(tmp_path, "STS-B") == a
 
 
 def test_other_settings_are_refused_and_overwrite_deletes_our_files_alone(options, tmp_path):
@@ -661,16 +555,13 @@ def test_other_settings_are_refused_and_overwrite_deletes_our_files_alone(option
     finetune.main([*options, "--seeds=2"])
     before = (folder / "results.json").read_bytes()
     scratch = ["--init_from=scratch", f"--tokenizer_from={options[0][12:]}"]
-    for name, change in (("epochs", ["--epochs=2"]), ("learning_rate", ["--learning_rate=0.1"]),
-                         ("max_len", ["--max_len=32"]), ("dropout", ["--dropout=0"]), ("model", scratch)):
+    for name, change in (("epochs", ["--epochs=2"]), ("dropout", ["--dropout=0"]), ("model", scratch)):
         with pytest.raises(data.InputError, match=f"other settings .{name} was"):
             finetune.main([*options, *change])
-    test = tmp_path / "data/SST-2/test.tsv"
-    content = test.read_bytes()
-    test.write_bytes(content + b"8\tmore\n")
+    with open(tmp_path / "data/SST-2/test.tsv", "a") as test:
+        test.write("8\tmore\n")
     with pytest.raises(data.InputError, match="other settings .data"):
         finetune.main(options)
-    test.write_bytes(content)
     assert (folder / "results.json").read_bytes() == before
 
     mine = [folder / name for name in ("notes.txt", "predictions/CoLA.tsv", "seed1/best.pt.mine",
@@ -684,23 +575,10 @@ def test_other_settings_are_refused_and_overwrite_deletes_our_files_alone(option
     assert not (folder / "seed0/best.pt").exists() and not (folder / "seed0/result.json").exists()
 
 
-def test_a_full_disk_is_a_sentence_and_the_run_can_be_repeated(options, tmp_path, monkeypatch):
-    write_glue(tmp_path / "data", "RTE", 8)
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.os, "fsync", full)
-        with pytest.raises(data.InputError, match="No space left"):
-            finetune.main([*options, "--task=RTE"])
-    assert not [f for f in (tmp_path / "out").rglob("*") if f.is_file() and f.name != ".lock"]
-    finetune.main([*options, "--task=RTE"])
-    assert results(tmp_path, "RTE")["seeds"] == 1
-
-
 def test_all_of_glue_that_is_there(options, tmp_path, capsys):
     for name in ("RTE", "STS-B", "WNLI"):
         write_glue(tmp_path / "data", name)
+    (tmp_path / "data/RTE/test.tsv").unlink()  # this only means that there is no submission
     finetune.main([*options, "--task=GLUE"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     rte, sts = results(tmp_path, "RTE")["metrics"], results(tmp_path, "STS-B")["metrics"]
@@ -708,9 +586,7 @@ def test_all_of_glue_that_is_there(options, tmp_path, capsys):
     assert line["task"] == "GLUE" and line["metrics"]["average"] == pytest.approx(expected)
     assert set(line["metrics"]) == {"average", "RTE", "STS-B"}  # WNLI is not one of the eight
     assert results(tmp_path, "GLUE") == line
-
-
-# --- processes
+    assert [f.name for f in (tmp_path / "out/RTE/predictions").iterdir()] == ["RTE.dev.tsv"]
 
 
 def test_two_processes_equal_one(options, tmp_path):
@@ -731,61 +607,33 @@ def test_two_processes_equal_one(options, tmp_path):
         assert float(a[1]) == pytest.approx(float(b[1]), abs=1e-4) and a[2] == b[2]
 
 
-def test_exit_status_and_standard_error(options, tmp_path):
-    write_glue(tmp_path / "data", "RTE", 8)
-    bad, stopped = start([*options, "--task=COLX"]), start([*options, "--task=RTE", "--seeds=100000"])
-    out, error = bad.communicate(timeout=60)
-    assert bad.returncode == 2 and out == ""
-    assert error.startswith("finetune.py: ") and "--task" in error and error.count("\n") == 1
-    while not (tmp_path / "out/RTE/seed0/result.json").exists():
-        assert stopped.poll() is None, stopped.communicate()
-        time.sleep(0.02)
-    stopped.send_signal(signal.SIGTERM)
-    _, error = stopped.communicate(timeout=60)
-    assert stopped.returncode == 143 and error == ""
-
-
 # --- bad input
 
 
 @pytest.mark.parametrize("arguments, file, content, message", [
-    ("--task=MRCP", "", "", "task"), ("--epochs=0", "", "", "epochs"), ("extra", "", "", "extra"),
-    ("--device=cuda", "", "", "cuda"), ("--task=CoLA --max_len=65", "", "", "max_len=65 .* 64 positions"),
+    ("--epochs=0", "", "", "epochs"), ("--task=CoLA --max_len=65", "", "", "max_len=65 .* 64 positions"),
     ("--init_from=/nowhere/x.pt", "", "", "/nowhere/x.pt"),
-    ("--init_from=data/CoLA/dev.tsv", "", "", "dev.tsv"),
-    ("--init_from=scratch --tokenizer_from=/nowhere", "", "", "/nowhere"),
     ("--task=SST-2", "SST-2/train.tsv", "sentence\tlabel\nfine\t1\nbad\t2\n", "line 3: .*one of 0, 1"),
     ("--task=STS-B", "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\t5.1\n", "line 2: .* '5.1'"),
     ("--task=STS-B", "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: .* 'nan'"),
-    ("--task=RTE", "RTE/train.tsv", "index\tsentence1\tlabel\n0\ta\tentailment\n", 'no column "sentence2"'),
     ("--task=RTE", "RTE/train.tsv", "sentence1\tsentence2\tlabel\na\tb\n", "line 2 has 2 fields"),
-    ("--task=CoLA", "CoLA/train.tsv", "gj04\t1\t\n", "line 1 has 3 fields"),
-    ("--task=CoLA", "CoLA/test.tsv", "sentence\tindex\na\n", "line 2 has 1 fields"),
     ("--task=SST-2", "SST-2/dev.tsv", "1\tthis has no header\n", 'no column "sentence"'),
-    ("--task=SST-2", "SST-2/dev.tsv", "sentence\tlabel\n", "no rows"),
     ("--task=CoLA", "CoLA/dev.tsv", "", "no rows"),
-    ("--task=CoLA", "CoLA/dev.tsv", b"a\t1\t\t\xe9\n", "UTF-8"),
     ("--task=CoLA", "CoLA/dev.tsv", None, 'data/CoLA has no file dev.tsv; README.*"Fine-tuning"'),
     ("--task=GLUE", "STS-B/dev.tsv", None, "data/STS-B has no file dev.tsv"),
-    ("--task=GLUE --data_dir=/nowhere", "", "", "README"),
     ("--task=SQuAD-2.0", "", "", "data has no file train-v2.0.json; README"),
     ("--task=SQuAD-1.1", "dev-v1.1.json", "{", "not JSON"),
-    ("--task=SQuAD-1.1", "dev-v1.1.json", b"caf\xe9", "UTF-8"),
-    ("--task=SQuAD-1.1", "dev-v1.1.json", '{"data": []}', "no questions"),
     ("--task=SQuAD-1.1", "dev-v1.1.json", '{"data": [{"paragraphs": [{"context": "a"}]}]}', "'qas'"),
     ("--task=SQuAD-1.1", "dev-v1.1.json", json.dumps({"data": [{"paragraphs": [paragraph("", [])]}]}), "2.0"),
 ])
-def test_bad_input_is_one_sentence(options, tmp_path, monkeypatch, arguments, file, content, message):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_sentence(options, tmp_path, arguments, file, content, message):
     for name in ("CoLA", "SST-2", "STS-B", "RTE"):
         write_glue(tmp_path / "data", name, 4)
     write_squad(tmp_path / "data", "1.1", 4)
-    if file:
-        path = tmp_path / "data" / file
-        if content is None:
-            path.unlink()
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+    if content is None:
+        (tmp_path / "data" / file).unlink()
+    elif file:
+        (tmp_path / "data" / file).write_text(content)
     with pytest.raises(data.InputError, match=message) as error:
         finetune.main([*options, *arguments.split()])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
@@ -801,14 +649,6 @@ def test_checkpoints_that_cannot_be_used(options, checkpoint, tmp_path, change):
         finetune.main([*options, f"--init_from={tmp_path}/bad.pt"])
     with pytest.raises(data.InputError, match="bad.pt"):
         finetune.load_finetuned(tmp_path / "bad.pt")
-
-
-def test_a_missing_test_file_only_means_no_submission(options, tmp_path, capsys):
-    write_glue(tmp_path / "data", "RTE", 8)
-    (tmp_path / "data/RTE/test.tsv").unlink()
-    finetune.main([*options, "--task=RTE"])
-    assert "no predictions for the leaderboard" in capsys.readouterr().out
-    assert [f.name for f in (tmp_path / "out/RTE/predictions").iterdir()] == ["RTE.dev.tsv"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(options, tmp_path, monkeypatch):
