@@ -26,6 +26,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import string
 import sys
@@ -98,7 +99,7 @@ init_from: str = "out/ckpt.pt"   # a checkpoint of train.py; scratch: an untrain
 tokenizer_from: str = "data/docs"  # of scratch: a checkpoint or a prepared corpus
 preset: Literal[tuple(PRESETS)]  # of scratch: its sizes; default: those of that checkpoint, else tiny
 out_dir: str = "out/finetune"    # results are in out_dir/TASK/
-overwrite: bool = False          # True: the seeds that are finished in out_dir/TASK/ do not count
+overwrite: bool = False          # True: deletes the results of all seeds in out_dir/TASK/ first
 seeds: Annotated[int, 1, 10**6] = 1  # runs, with the seeds seed, seed + 1, ...
 seed: CountOrZero = 0            # the first one: of the head, the order of the examples and dropout
 
@@ -127,7 +128,7 @@ QUESTION, STRIDE = 64, 128        # SQuAD: tokens of a question, tokens from one
 N_BEST, LONGEST_ANSWER = 20, 30   # SQuAD: starts and ends that are combined, tokens of an answer [model]
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics, equal to those of scikit-learn, scipy and the official SQuAD script
+# Metrics, as in scikit-learn, scipy (but 0 where those have nan) and the official SQuAD script
 #
 # gold, predicted: arrays (n,) of scores, or of classes as the numbers 0, 1, ...
 
@@ -173,7 +174,7 @@ def normalized(text):
 
 
 def squad_scores(golds, predicted, version):
-    """(exact match, F1) of an answer, 0 to 1: the best over the gold answers; without any, none is right."""
+    """(exact match, F1) of an answer, 0 to 1: the best over its gold answers. In 2.0 none means no answer."""
     if version == "2.0":
         golds = [gold for gold in golds if normalized(gold)] or [""]
     exact, best = 0.0, 0.0
@@ -193,7 +194,7 @@ def best_threshold(scores, has_answer, odds):
     """(mean score, threshold) of the best rule "answer if the no-answer odds are at most the threshold".
 
     scores (n,): of the answers, if all are given; has_answer (n,); odds (n,): high for no answer. A question
-    that is not answered scores 1 if it has no answer. [official SQuAD script]
+    that is not answered scores 1 if it has no answer. [official SQuAD script, but for ties of the odds]
     """
     order = np.argsort(odds, kind="stable")
     gain = np.cumsum((scores - ~has_answer)[order])  # of answering the first ones, against answering none
@@ -625,6 +626,8 @@ def predict(model, a_set, autocast, batch_size=EVAL_BATCH):
     outputs = np.empty((len(examples), found[0][1].shape[1]))
     for part, values in found:
         outputs[part] = values
+    if np.isnan(outputs).any():
+        raise InputError("the model's outputs are not numbers: choose a smaller --learning_rate.")
     return a_set.decode(outputs)
 
 
@@ -700,19 +703,35 @@ def fine_tune(name, args, start, sets, seed, device, autocast):
 # Results: out_dir/TASK/ and its seedN/
 
 
+def places_of(folder):
+    """The folders of all seeds that out_dir/TASK/ holds."""
+    return [place for place in folder.glob("seed*") if place.name[4:].isdecimal()]
+
+
+def delete_results(folder, name):
+    """Deletes our own files, the record of a seed first: it is then not finished. Those of a user stay."""
+    for place in [*places_of(folder), folder]:
+        for ours in ("result.json", "results.json", "best.pt", "last.pt", "predictions/*.json",
+                     f"predictions/{name}*.tsv"):
+            for path in place.glob(ours):
+                path.unlink()
+
+
 def finished_runs(folder, settings):
     """seed -> record of the finished seeds. Results of other settings are refused."""
     runs = {}
-    for path in folder.glob("seed[0-9]*/result.json"):
+    for path in (place / "result.json" for place in places_of(folder) if (place / "result.json").exists()):
         try:
             record = json.loads(path.read_text())
-            before, runs[record["seed"]] = record.pop("settings"), record
+            before, runs[record["seed"]] = dict(record.pop("settings")), record
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error!r}): delete its folder.") from None
         if other := [f"{name} was {before.get(name)} and is {now}" for name, now in settings.items()
                      if before.get(name) != now]:
             raise InputError(f"{path} has results of other settings ({'; '.join(other)}): choose another "
                              f"--out_dir, or replace them with --overwrite=True.")
+        if not path.with_name("best.pt").exists():
+            raise InputError(f"{path.parent} has no best.pt: delete the folder to run its seed again.")
     return runs
 
 
@@ -744,6 +763,8 @@ def open_start(args):
     """What fine-tuning starts from: config, tokenizer, weights of the main Transformer (None: untrained),
     path, step, checksum; identity: the checksum, also of an untrained model."""
     scratch = args.init_from == "scratch"
+    if args.preset and not scratch:
+        raise InputError("--preset needs --init_from=scratch.")
     source = Path(args.tokenizer_from if scratch else args.init_from)
     start = SimpleNamespace(path=args.init_from, step=0, checksum=None, weights=None, config=None)
     if scratch and not source.is_file():
@@ -798,9 +819,8 @@ def run_task(name, args, start, device, autocast):
         + line("", "epoch", "step", "loss", {metric: metric for metric in baseline}) + "\n"
         + line("baseline", "", "", "", baseline))
     with lock(folder) if RANK == 0 else contextlib.nullcontext():
-        for file in ("result.json", "best.pt", "last.pt") if RANK == 0 and args.overwrite else ():
-            for path in folder.glob(f"seed[0-9]*/{file}"):
-                path.unlink()
+        if RANK == 0 and args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            delete_results(folder, name)
         runs, results = finished_runs(folder, settings) if RANK == 0 else {}, None
         if WORLD > 1:
             everywhere = [None] * WORLD
@@ -840,8 +860,9 @@ def run_task(name, args, start, device, autocast):
 
 
 def average(results):
-    """The last line of task=GLUE: the mean over the tasks of each one's selecting metrics."""
-    last = {"task": "GLUE", **{key: results[-1][key] for key in ("seeds", "step", "checksum", "init_from")}}
+    """The last line of task=GLUE: each task's selecting score, of its medians, and their mean."""
+    last = {"task": "GLUE", "seeds": min(result["seeds"] for result in results),
+            **{key: results[-1][key] for key in ("step", "checksum", "init_from")}}
     for key in ("metrics", "baseline"):
         each = {result["task"]: selecting(result["task"], result[key]) for result in results}
         last[key] = {"average": float(np.mean(list(each.values()))), **each}
