@@ -28,11 +28,12 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -109,8 +110,11 @@ def run_command(main):
 
     Of several processes process 0 says what all would say: the others wait, and torchrun ends them meanwhile.
     """
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up on its way out
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
+    for name in ("SIGTERM", "SIGHUP"):  # so that it cleans up on its way out; nohup ignores SIGHUP
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         return main()
@@ -120,7 +124,8 @@ def run_command(main):
         status, message = 2, str(error)
     except RuntimeError as error:  # torch has no classes of its own for lack of memory and lost connections
         status, message = 1, str(error).strip().split("\n")[0]
-        if not re.search("out of memory|allocate memory|gloo|nccl|connection|timed out", message, re.I):
+        known = "out of memory|allocate memory|process pool|gloo|nccl|connection|timed out"
+        if not re.search(known, message, re.I):
             raise
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank > 0:
@@ -152,17 +157,24 @@ class Progress:
                  f", {max(self.total - done, 0) / speed:.0f} s left")
 
 
+def end_with_parent():
+    """Ends a worker whose parent was killed."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def in_parallel(function, items, workers):
     """function(item) for each item, in order, by processes. Few items are under way, so memory is bounded."""
     if workers == 1:
         yield from map(function, items)
         return
-    pool, pending = ProcessPoolExecutor(workers, get_context("spawn")), deque()
+    pool, pending = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent), deque()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is not for them
     try:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is not for them
         for _ in range(workers):
             pool.submit(int)  # starts a worker
+    finally:
         signal.signal(signal.SIGINT, handler)
+    try:
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 3 * workers:
@@ -194,7 +206,7 @@ def docs_paragraphs(path):
     """The English paragraphs of a Python file: of its docstrings, add_docstr calls and pydoc's topics."""
     try:
         tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError, OSError):  # a template, say
+    except (SyntaxError, ValueError, OSError, MemoryError, RecursionError):  # a template, say
         return []
     texts = []
     for node in ast.walk(tree):
@@ -255,7 +267,7 @@ def find_files(paths):
         if not found:
             raise InputError(f"{path} holds no text: files that end in {', '.join(endings)} are read.")
         files += found
-    return files, skipped
+    return list(dict.fromkeys(files)), skipped
 
 
 def read_file(path, field="text", document_per_file=False):
@@ -265,7 +277,7 @@ def read_file(path, field="text", document_per_file=False):
         with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
             for number, raw in enumerate(file, 1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-                if ".jsonl" not in name:
+                if not name.endswith((".jsonl", ".jsonl.gz")):
                     yield line if line.strip() or document_per_file else None
                 elif line.strip():  # JSON alone can spell half a character: "\ud83d"
                     text = re.sub("[\ud800-\udfff]", "\ufffd", json.loads(line)[field])
@@ -341,7 +353,7 @@ def count_words(chunk, share=1.0):
 def train_bpe(words, size):
     """Byte-pair encoding: {token: rank} with `size` entries, the 256 bytes first, from a Counter of words.
 
-        {"low": 5, "lower": 2}: the most frequent pair is l+o (7 times), then lo+w (7), then low+e (2) ...
+        {"low": 5, "lower": 2}: the most frequent pair is l+o (7 times), then lo+w (7), then e+r (2) ...
 
     Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. Pair
     counts are kept up to date, so a step touches only the words that hold the pair. A word is spelled as a
@@ -360,8 +372,8 @@ def train_bpe(words, size):
     progress = Progress("training the BPE", size, "tokens", 1)
     while len(tokens) < size:
         if not heap:
-            raise InputError(f"too little text: it gives only {len(tokens)} byte pairs, not {size}; "
-                             f"choose a smaller --vocab_size or more text.")
+            raise InputError(f"too little text for a vocabulary of {size + len(SPECIALS)}: it gives only "
+                             f"{len(tokens) + len(SPECIALS)} entries; choose a smaller --vocab_size.")
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:  # an old entry: the pair has become rarer since
             if counts[pair] > 0:
@@ -444,7 +456,7 @@ class Tokenizer:
             if len(set(ranks.values())) < len(lines) or any(bytes([b]) not in ranks for b in range(256)):
                 raise ValueError("a token is missing or there twice")
             return cls(ranks, state["pattern"], state["lowercase"])
-        except (KeyError, ValueError, TypeError, AttributeError):
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
             raise InputError(f"{path} has no tokenizer that can be read.") from None
 
     @classmethod
@@ -473,11 +485,14 @@ def read_meta(folder):
     path = Path(folder, "meta.json")
     if not path.exists():
         raise InputError(f"{folder} is not a corpus, as it has no meta.json; make one with python data.py.")
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, KeyError):
         meta = json.loads(path.read_bytes())
-        if {"vocab_size", "lowercase", "special_ids", "pattern", "tokens", "dtype", "sha256"} <= set(meta):
+        for split in ("train", "val"):
+            meta["tokens"][split] + 0, meta["sha256"][split] + ""
+        if {"vocab_size", "lowercase", "pattern"} <= set(meta) and set(SPECIALS) <= set(meta["special_ids"]):
+            meta["dtype"] = np.dtype(meta["dtype"]).name
             return meta
-    raise InputError(f"{path} is damaged, or another program's; prepare the corpus again.")
+    raise InputError(f"{path} is damaged, or another program's: delete {folder} and prepare it again.")
 
 
 @functools.lru_cache(maxsize=1)
@@ -542,7 +557,7 @@ def prepare(
 
     The fingerprint of a text, as it is tokenised, decides its split: equal texts are in one split, and texts
     that differ in case alone as well if all is lowercased. A document above PIECE characters is cut, and its
-    pieces are spread over both splits. The BPE is trained on the text of both.
+    pieces are spread over both splits. The BPE is trained on both, above SAMPLE bytes on val.bin last.
     """
     start, name = time.monotonic(), name or ("" if paths else "docs")
     vocab_size = vocab_size or ((32768 if paths else 8192) if encoding == "bpe" else None)
@@ -551,14 +566,14 @@ def prepare(
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise InputError(f"--name={name!r} has to be a plain name for the corpus: letters, digits, _ . + -")
     old = last_change(folder)
-    if old and not overwrite:
+    if old is not None and not overwrite:
         raise InputError(f"{folder} exists; choose another --name, or say --overwrite=True.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as scratch:
         new, aside, docs = Path(scratch, "new"), Path(scratch, "old"), Path(scratch, "docs.txt")
         new.mkdir()
         if not paths:
-            docs.write_text("".join(read_docs(workers)), encoding="utf-8")
+            docs.write_text("".join(read_docs(workers)), encoding="utf-8", errors="replace")
         files, skipped = find_files(paths or [docs])
         sources = [str(file) for file in files] if paths else ["documentation of Python, numpy and torch"]
         total = sum(f.stat().st_size * (3 if f.suffix.lower() == ".gz" else 1) for f in files)  # 3: a guess
@@ -597,7 +612,7 @@ def prepare(
         if last_change(folder) != old:
             raise InputError(f"{folder} was written by another command meanwhile; it stays as it is.")
         try:
-            if old:
+            if old is not None:
                 os.rename(folder, aside)
             os.rename(new, folder)
         finally:
@@ -654,7 +669,7 @@ class Sequences:
         random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
         if len(ordinary) < self.masked:
-            raise InputError(f"{self.path} has too little but [SEP] at token {start:,}; prepare other text.")
+            raise InputError(f"{self.path} has too few tokens but [SEP] at {start:,}; prepare other text.")
         masked = np.sort(random.permutation(ordinary)[: self.masked])
         crop_start = random.integers(1, self.max_len - self.crop_len + 1)
         crop = np.concatenate([tokens[:1], tokens[crop_start : crop_start + self.crop_len]])

@@ -276,7 +276,7 @@ def test_default_text(tmp_path, monkeypatch):
     assert folder == tmp_path / "data" / "docs" and meta_of(folder)["val_fraction"] == 0.05
     method = "The method waits until the work is done, and gives back what was found."
     assert sorted(documents_of(folder)) == sorted(lowered([f"{FIRST}\n{method}", SECOND]))
-    with pytest.raises(data.InputError, match="not 8188"):  # the default text's own vocabulary
+    with pytest.raises(data.InputError, match="vocabulary of 8192"):  # the default text's own vocabulary
         data.prepare(data_dir=str(tmp_path / "other"), workers=1)
 
 
