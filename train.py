@@ -64,7 +64,7 @@ max_steps: Count                 # optimizer steps
 warmup_steps: CountOrZero        # steps of linear warm-up; then linear decay to 0 at max_steps
 learning_rate: Annotated[float, 0, 10]         # at the end of the warm-up
 grad_clip: Annotated[float, 0, 1e9] = 2.0      # largest norm of the gradient; 0: no clipping
-weight_decay: Annotated[float, 0, 1] = 0.01    # of matrices [paper], not of biases and norms [ours]
+weight_decay: Annotated[float, 0, 1] = 0.01    # of matrices [model]; not of biases and norms [ours]
 beta1: Annotated[float, 0, 0.9999999] = 0.9    # AdamW: decay of the mean of gradients
 beta2: Annotated[float, 0, 0.9999999] = 0.98   # AdamW: decay of the mean of squared gradients
 epsilon: Annotated[float, 1e-30, 1] = 1e-6     # AdamW: added to the root of the mean of squares
@@ -82,7 +82,7 @@ eval_batches: Count              # batches of validation text (batch_size sequen
 checkpoint_interval: Count       # steps between checkpoints
 keep_interval: CountOrZero = 0   # steps between checkpoints that stay, as ckpt.STEP.pt; 0: none
 
-SCHEDULES = {  # batches and steps [paper]; learning rate, warm-up and clipping are in no source, so [ours]
+SCHEDULES = {  # batch_size and max_steps of base and above [paper, model]; all else has no source: [ours]
     "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1300, warmup_steps=300, learning_rate=1.5e-3,
                  eval_interval=650, eval_batches=16, checkpoint_interval=200),
     "small": dict(batch_size=256, micro_batch_size=32, max_steps=100_000, warmup_steps=5_000,
@@ -93,7 +93,7 @@ SCHEDULES = {  # batches and steps [paper]; learning rate, warm-up and clipping 
 SCHEDULES["base++"] = SCHEDULES["base"] | dict(max_steps=2_000_000)
 SCHEDULES["large++"] = SCHEDULES["base++"] | dict(micro_batch_size=16, learning_rate=3e-4)
 
-MAY_CHANGE = {  # in a resumed run
+MAY_CHANGE = {  # when a run is resumed
     "data_dir", "out_dir", "init_from", "overwrite", "max_steps", "micro_batch_size", "accumulation",
     "processes", "negatives", "device", "dtype", "compile", "recompute", "log_interval",
     "eval_interval", "eval_batches", "checkpoint_interval", "keep_interval",
@@ -622,7 +622,7 @@ def main(argv):
                       "numpy": np.__version__, "tiktoken": data.tiktoken.__version__}}
         log = Log(out / "log.jsonl", header, start, changes)
 
-    # the loop; `step` steps are done
+    # the loop; `step` is the number of steps done
     received, stop, bad = catch_signals(), 0, False
     upcoming = batches(train, args.batch_size, args.micro_batch_size, RANK, WORLD, start)
     seconds, timed = 0.0, 0  # of the steps since the last row of the log

@@ -369,6 +369,16 @@ def test_model_flops_utilization_where_the_peak_is_known(options, tmp_path, monk
     assert row["mfu"] == pytest.approx(row["tokens_per_sec"] / 32 * flops / 362e12, rel=1e-2)
 
 
+def test_recompute_gives_the_same_run(options, tmp_path, monkeypatch):
+    three, times = [*options, "--layers=3", "--max_steps=3"], []
+    run(*three, f"--out_dir={tmp_path}/kept")
+    original = model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *a, **k: times.append(1) or original(*a, **k))
+    run(*three, f"--out_dir={tmp_path}/recomputed", "--recompute=True")
+    assert_same(tmp_path / "kept", tmp_path / "recomputed")
+    assert times
+
+
 def test_a_compiled_run_equals_an_eager_one(options, tmp_path, monkeypatch):
     """Its three kinds of pass (training, with statistics, validation) are a graph each, without a break."""
     torch._dynamo.reset()
