@@ -270,26 +270,32 @@ def find_files(paths):
     return list(dict.fromkeys(files)), skipped
 
 
-def read_file(path, field="text", document_per_file=False):
-    """Lines of a file, and None where a document ends. A line that cannot be read is refused."""
-    name = path.name.lower()
+def read_lines(path):
+    """(number, line) of a text file, of a .gz as well. What is not UTF-8 is refused."""
     try:
-        with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
             for number, raw in enumerate(file, 1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-                if not name.endswith((".jsonl", ".jsonl.gz")):
-                    yield line if line.strip() or document_per_file else None
-                elif line.strip():  # JSON alone can spell half a character: "\ud83d"
-                    text = re.sub("[\ud800-\udfff]", "\ufffd", json.loads(line)[field])
-                    yield from text.splitlines(keepends=True)
-                    yield None
-        yield None
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8; convert it.") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f'{path}, line {number}: no JSON with a text in "{field}" ({error!r}).') from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({error}).") from None
+
+
+def read_file(path, field="text", document_per_file=False):
+    """Lines of a file, and None where a document ends. A line that cannot be read is refused."""
+    jsonl = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+    for number, line in read_lines(path):
+        if not jsonl:
+            yield line if line.strip() or document_per_file else None
+        elif line.strip():
+            try:  # JSON alone can spell half a character: "\ud83d"
+                text = re.sub("[\ud800-\udfff]", "\ufffd", json.loads(line)[field])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise InputError(f'{path}, line {number}: no JSON with a text in "{field}" ({error!r}).') from None
+            yield from text.splitlines(keepends=True)
+            yield None
+    yield None
 
 
 def pieces(lines):
@@ -403,7 +409,10 @@ class Tokenizer:
     >>> tokenizer = Tokenizer.load("data/docs")
     >>> ids = tokenizer.encode("The cat [MASK]")       # what spells [MASK] is ordinary text
     >>> tokenizer.decode(ids), tokenizer.pieces(ids)   # "the cat [mask]", ["the", " cat", " [", ...]
+    >>> tokenizer.batch(["The cat", "A dog barks"])    # int64 (2, 5): [CLS] ... [SEP] [PAD], [CLS] ... [SEP]
     """
+
+    max_len = 512  # tokens of a sequence, if batch() is not told another number
 
     def __init__(self, ranks, pattern, lowercase):
         self.ranks, self.pattern, self.lowercase = ranks, pattern, lowercase
@@ -423,8 +432,9 @@ class Tokenizer:
         parts = (text[i : i + ENCODE] for i in range(0, len(text), ENCODE))
         return [token for part in parts for token in self.encoding.encode_ordinary(part)]
 
-    def encode_pair(self, a, b=None, max_len=512):
+    def encode_pair(self, a, b=None, max_len=None):
         """[CLS] A [SEP] [SEP] B [SEP], or [CLS] A [SEP]; if too long, the longer one is cut first. [model]"""
+        max_len = max_len or self.max_len
         if max_len < (2 if b is None else 4):
             raise InputError(f"max_len={max_len} has no room for the special tokens.")
         a = self.encode(a)
@@ -433,6 +443,31 @@ class Tokenizer:
         b, room = self.encode(b), max_len - 4
         keep_b = min(len(b), max(room // 2, room - len(a)))
         return [self.cls_id, *a[: room - keep_b], self.sep_id, self.sep_id, *b[:keep_b], self.sep_id]
+
+    def batch(self, texts, pairs=None, max_len=None):
+        """Token ids of a list of texts, or of texts and their pairs: an int64 tensor (B, T), padded.
+
+        max_len: tokens of a sequence, special ones included; the rest is cut. Default: self.max_len, which
+        load_checkpoint sets to the model's positions.
+        """
+        import torch  # here, since the workers that prepare a corpus do not need it
+        assert texts and not isinstance(texts, str), "texts has to be a list of at least one text"
+        pairs = [None] * len(texts) if pairs is None else pairs
+        rows = [torch.tensor(self.encode_pair(a, b, max_len)) for a, b in zip(texts, pairs, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+
+    def offsets(self, text):
+        """Token ids of a text, and the characters (n, 2) of each token, from start to before end.
+
+        The text is lowercased character by character, so the characters agree, even if their bytes do not. A
+        token can be a part of a character: "é" in two tokens -> (0, 1), (0, 1).
+        """
+        ids = self.encode(text)
+        lowercased, starts = self.encoding.decode_with_offsets(ids)
+        assert len(lowercased) == len(text), f"{len(text)} characters became {len(lowercased)}"
+        starts = np.array(starts, np.int64)
+        ends = np.append(starts[1:], len(text))[: len(ids)]
+        return ids, np.stack([starts, np.maximum(ends, starts + 1)], axis=1)
 
     def decode(self, ids):
         """The text. Bytes that are not UTF-8 become U+FFFD; ids that the encoding leaves out are ignored."""

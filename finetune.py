@@ -317,20 +317,6 @@ def read_squad(path, version):
     return questions
 
 
-def offsets(tokenizer, text):
-    """Token ids of a text, and the characters (n, 2) of each token, from start to before end.
-
-    The tokenizer lowercases character by character, so the characters agree, even if their bytes do not. A
-    token can be a part of a character: "é" in two tokens -> (0, 1), (0, 1).
-    """
-    ids = tokenizer.encode(text)
-    lowercased, starts = tokenizer.encoding.decode_with_offsets(ids)
-    assert len(lowercased) == len(text), f"{len(text)} characters became {len(lowercased)}"
-    starts = np.array(starts, np.int64)
-    ends = np.append(starts[1:], len(text))[: len(ids)]
-    return ids, np.stack([starts, np.maximum(ends, starts + 1)], axis=1)
-
-
 def gold_tokens(question, spans):
     """First and last token of the first gold answer that is where its offset says; None if there is none."""
     for text, start in question["golds"]:
@@ -378,8 +364,8 @@ class SquadSet:
         for question in questions:
             if question["context"] is not context:  # the questions of a paragraph follow each other
                 context = question["context"]
-                ids, spans = offsets(tokenizer, context)
-                visible = np.array([not context[start:end].isspace() for start, end in spans], bool)
+                ids, spans = tokenizer.offsets(context)
+                visible = np.array([bool(context[start:end].strip()) for start, end in spans], bool)
             question |= {"spans": spans, "tokens": gold_tokens(question, spans)}
             if split == "dev" or question["tokens"] or not question["golds"]:
                 self.add_windows(question, ids, visible, tokenizer, max_len)

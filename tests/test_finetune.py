@@ -209,7 +209,7 @@ def test_quirks_of_the_official_files(tmp_path, capsys):
 
 def test_offsets_are_characters_of_the_original(tokenizer):
     for text in ("The ANSWER is İstanbul, naïve → é.", "  a\n\tB ", "", "日本語 River", "Ⱥ River"):
-        ids, spans = finetune.offsets(tokenizer, text)
+        ids, spans = tokenizer.offsets(text)
         assert spans.shape == (len(ids), 2)
         covered = np.zeros(len(text), int)
         for (begin, end), token in zip(spans, ids):
@@ -315,7 +315,7 @@ def test_decoding_equals_the_official_script(tokenizer, tmp_path, monkeypatch):
             head = -a_set.examples[rows[0]]["shift"]
             room = max_len - head - 1
             stride = min(128, max(1, 128 * max_len // 384), max(1, room // 2))
-            spans = finetune.offsets(tokenizer, context)[1].tolist()
+            spans = tokenizer.offsets(context)[1].tolist()
             ends = {i: len(a_set.examples[i]["tokens"]) - 1 for i in rows}
             windows = [[logits[i, 0].tolist(), *logits[i, head : ends[i]].tolist()] for i in rows]
             expected, expected_odds = slow_answer(context, spans, room, stride, windows, n_best, longest)
