@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -42,7 +43,7 @@ import regex
 import tiktoken
 
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
-FILES = {"train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"}
+FILES = {"train.bin", "val.bin", "meta.json"}
 PIECE = 16_000        # characters: shorter documents stay whole, longer ones are cut
 CHUNK = 500_000       # bytes of text that a process prepares at once
 SAMPLE = 100_000_000  # bytes of text on which the BPE is trained, about, if there are as many
@@ -292,7 +293,8 @@ def read_file(path, field="text", document_per_file=False):
             try:  # JSON alone can spell half a character: "\ud83d"
                 text = re.sub("[\ud800-\udfff]", "\ufffd", json.loads(line)[field])
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(f'{path}, line {number}: no JSON with a text in "{field}" ({error!r}).') from None
+                raise InputError(f'{path}, line {number}: no JSON with a text in "{field}" ({error!r}).'
+                                 ) from None
             yield from text.splitlines(keepends=True)
             yield None
     yield None
@@ -412,6 +414,7 @@ class Tokenizer:
     >>> tokenizer.batch(["The cat", "A dog barks"])    # int64 (2, 5): [CLS] ... [SEP] [PAD], [CLS] ... [SEP]
     """
 
+    files = {"tokenizer.tiktoken"}  # in the folder of a corpus
     max_len = 512  # tokens of a sequence, if batch() is not told another number
 
     def __init__(self, ranks, pattern, lowercase):
@@ -482,32 +485,184 @@ class Tokenizer:
         lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
         return {"ranks": lines, "pattern": self.pattern, "lowercase": self.lowercase}
 
-    @classmethod
-    def from_state(cls, state, path="this"):
+    @staticmethod
+    def from_state(state, path="this"):
         """The tokenizer with this state. path: where it comes from, for the message if it is damaged."""
         try:
+            if "dictionary" in state:
+                return ReleasedTokenizer(**state, path=path)
             lines = [line.split() for line in state["ranks"].splitlines()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
             if len(set(ranks.values())) < len(lines) or any(bytes([b]) not in ranks for b in range(256)):
                 raise ValueError("a token is missing or there twice")
-            return cls(ranks, state["pattern"], state["lowercase"])
+            return Tokenizer(ranks, state["pattern"], state["lowercase"])
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
             raise InputError(f"{path} has no tokenizer that can be read.") from None
 
-    @classmethod
-    def load(cls, folder):
-        """The tokenizer of a prepared corpus."""
-        meta, path = read_meta(folder), Path(folder, "tokenizer.tiktoken")
-        if checksum(path) != meta["sha256"]["tokenizer"]:
-            raise InputError(f"{path} is not as meta.json says; prepare the corpus again.")
-        tokenizer = cls.from_state({"ranks": path.read_text(), **meta}, folder)
+    def write(self, folder):
+        """Writes its files into the folder of a corpus."""
+        (folder / "tokenizer.tiktoken").write_text(self.state()["ranks"])
+
+    @staticmethod
+    def load(path):
+        """The tokenizer of a prepared corpus, of a released model (folders) or of a checkpoint (a file)."""
+        path = Path(path)
+        if path.is_file():
+            checkpoint = read_torch(path)
+            state = checkpoint.get("tokenizer") if isinstance(checkpoint, dict) else None
+            return Tokenizer.from_state(state, path)
+        released = (path / "dict.txt").exists()
+        if released and not (path / "meta.json").exists():
+            return ReleasedTokenizer.read(path)
+        meta = read_meta(path)
+        for file in (ReleasedTokenizer if released else Tokenizer).files:
+            if checksum(path / file) != meta["sha256"].get(Path(file).stem):
+                raise InputError(f"{path / file} is not as meta.json says; prepare the corpus again.")
+        if released:
+            tokenizer = ReleasedTokenizer.read(path)
+        else:
+            state = {"ranks": (path / "tokenizer.tiktoken").read_text(), **meta}
+            tokenizer = Tokenizer.from_state(state, path)
         if tokenizer.special_ids != meta["special_ids"] or tokenizer.vocab_size != meta["vocab_size"]:
-            raise InputError(f"{folder}/meta.json is not about its tokenizer; prepare the corpus again.")
+            raise InputError(f"{path}/meta.json is not about its tokenizer; prepare the corpus again.")
         return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The tokenizer of the authors' released models
+
+PUNCTUATION = regex.compile(r"[!-/:-@\[-`{-~\p{P}]")
+WORD = regex.compile(rf"({PUNCTUATION.pattern}*)(.*?)({PUNCTUATION.pattern}*)")  # marks, the rest, marks
+CLITIC = re.compile(r"(?<=') (?=(?:[smdtSMDT]|ll|LL|re|RE|ve|VE)\b)")
+PLAIN = {"``": '"', "''": '"', "“": '"', "”": '"', "‘": "'", "’": "'", "´": "'", "–": "-", "—": "-"}
+NAMES = {"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]", "<mask>": "[MASK]"}
+
+
+def clean(text):
+    """The text as sp.model expects it, and where in `text` each of its characters starts and ends. [model]
+
+        "``Don't,'' he 's said"   ->   '" Don\'t ," he \'s said'
+    """
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    found = [(PLAIN.get(m[0], m[0]), *m.span()) for m in re.finditer(r"(?s)``|''|.", text)]
+    plain, kept = "".join(character for character, _, _ in found), []
+    for word in re.finditer(r"\S+", plain):
+        for start, end in WORD.fullmatch(word[0]).regs[1:]:
+            if start < end:
+                part = found[word.start() + start : word.start() + end]
+                space = [(" ", kept[-1][2], part[0][1])] if kept else []
+                kept += space + part
+    joined = "".join(character for character, _, _ in kept)
+    for space in reversed([m.start() for m in CLITIC.finditer(joined)]):
+        del kept[space]
+    return "".join(c for c, _, _ in kept), [start for _, start, _ in kept], [end for _, _, end in kept]
+
+
+class ReleasedTokenizer(Tokenizer):
+    """sp.model cuts a text into pieces, dict.txt gives them ids. Needs the package sentencepiece. [model]
+
+    0 [CLS], 1 [PAD], 2 [SEP], 3 [UNK], then the symbols of dict.txt, then [MASK].
+    """
+
+    files = {"sp.model", "dict.txt"}
+    pattern, lowercase = "", False
+
+    def __init__(self, model, dictionary, vocab_size=None, path="this"):
+        """model: sp.model in base64; dictionary: the text of dict.txt; None is missed at the first use.
+        vocab_size: of the model whose tokenizer it is"""
+        rows = [line.rsplit(" ", 1) for line in (dictionary or "").split("\n") if line.strip()]
+        if any(len(row) < 2 or not row[1].isdecimal() for row in rows):
+            raise InputError(f"{path}: dict.txt has to have a symbol and a count in each line.")
+        self.model, self.dictionary, self.path, self.numbers = model, dictionary, path, {}
+        for symbol in ("[CLS]", "[PAD]", "[SEP]", "[UNK]", *(symbol for symbol, _ in rows), "[MASK]"):
+            self.numbers.setdefault(NAMES.get(symbol, symbol), len(self.numbers))
+        if dictionary is None:
+            self.numbers["[MASK]"] = vocab_size - 1
+        self.symbols = {i: symbol for symbol, i in self.numbers.items()}
+        self.special_ids = {name: self.numbers[name] for name in SPECIALS}
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids.values()
+        self.vocab_size = vocab_size or len(self.numbers)
+        self.dtype = np.dtype("uint16" if self.vocab_size <= 65536 else "uint32")
+        if dictionary is not None and len(self.numbers) != self.vocab_size:
+            raise InputError(f"{path}: the model has {self.vocab_size} tokens, dict.txt {len(self.numbers)}.")
+
+    @classmethod
+    def read(cls, folder, vocab_size=None):
+        """From sp.model and dict.txt in a folder; either may be missing as long as no text comes."""
+        model, dictionary = folder / "sp.model", folder / "dict.txt"
+        model = base64.b64encode(model.read_bytes()).decode() if model.exists() else None
+        text = "".join(line for _, line in read_lines(dictionary)) if dictionary.exists() else None
+        return cls(model, text, vocab_size, folder)
+
+    def state(self):
+        return {"model": self.model, "dictionary": self.dictionary, "vocab_size": self.vocab_size}
+
+    def write(self, folder):
+        self.processor  # says what is missing
+        (folder / "sp.model").write_bytes(base64.b64decode(self.model))
+        (folder / "dict.txt").write_text(self.dictionary, encoding="utf-8")
+
+    @functools.cached_property
+    def processor(self):
+        for file, content in (("sp.model", self.model), ("dict.txt", self.dictionary)):
+            if content is None:
+                raise InputError(f"{self.path} has no {file}, which its tokenizer needs: put it there.")
+        try:
+            import sentencepiece
+            return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model))
+        except ImportError:
+            raise InputError(f"{self.path}: its tokenizer needs pip install sentencepiece.") from None
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{self.path}: sp.model cannot be read ({error}).") from None
+
+    def encode(self, text):
+        return self.offsets(text)[0]
+
+    def offsets(self, text):
+        cleaned, starts, ends = clean(text)
+        if hasattr(self.processor, "encode_as_offset_mapping"):
+            found = self.processor.encode_as_offset_mapping(cleaned)
+            pieces, places = found["pieces"], found["offsets"]
+        else:  # sentencepiece before 0.2.2
+            found = self.processor.encode(cleaned, out_type="immutable_proto").pieces
+            pieces, places = [p.piece for p in found], [(p.begin, p.end) for p in found]
+        ids, spans, starts = [], [], [*starts, len(text)]
+        for piece, following, (begin, end) in zip(pieces, [*pieces[1:], "."], places):
+            if piece == "▁" and PUNCTUATION.match(following):
+                continue  # a space alone before punctuation or at the end
+            ids.append(self.numbers.get(NAMES.get(piece, piece), self.numbers["[UNK]"]))
+            spans.append((starts[begin], ends[end - 1] if end > begin else starts[begin]))
+        return ids, np.array(spans, np.int64).reshape(-1, 2)
+
+    def decode(self, ids):
+        return "".join(self.pieces(ids)).strip()
+
+    def pieces(self, ids):
+        return [self.symbols.get(int(i), "").replace("▁", " ") for i in ids]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # A prepared corpus
+
+
+def read_torch(path):
+    """What torch.save wrote to a file, if its checksums are right, which torch.load does not verify.
+
+    Runs no code: of all classes that are not torch's, it makes argparse.Namespace alone.
+    """
+    import torch  # here, since the workers that prepare a corpus do not need it
+    try:
+        if zipfile.is_zipfile(path):  # older files are not
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() or any(record.external_attr for record in archive.infolist()):
+                    raise zipfile.BadZipFile("a checksum differs")  # of a "folder" torch reads unset memory
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except Exception as error:  # damage has many names: zipfile's, pickle's, torch's
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} is damaged, or no checkpoint that can be read safely ({reason}).") from None
 
 
 def checksum(path):
@@ -531,8 +686,8 @@ def read_meta(folder):
 
 
 @functools.lru_cache(maxsize=1)
-def cached_tokenizer(ranks, pattern, lowercase):
-    return Tokenizer.from_state({"ranks": ranks, "pattern": pattern, "lowercase": lowercase})
+def cached_tokenizer(**state):
+    return Tokenizer.from_state(state)
 
 
 def encode_chunk(chunk, state, val_fraction):
@@ -551,13 +706,13 @@ def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
         for counts in in_parallel(count, chunks(lines(), lowercase, "counting words", total), workers):
             words.update(counts)
         return Tokenizer(train_bpe(words, vocab_size - len(SPECIALS)), PATTERN, lowercase)
-    if os.path.isdir(encoding):
+    if os.path.exists(encoding):
         tokenizer = Tokenizer.load(encoding)
     elif encoding in tiktoken.list_encoding_names():
         base = tiktoken.get_encoding(encoding)
         tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase is not False)
     else:
-        raise InputError(f"--encoding={encoding} is neither bpe, nor a folder, nor one of tiktoken's: "
+        raise InputError(f"--encoding={encoding} is neither bpe, nor a path, nor one of tiktoken's: "
                          f"{', '.join(tiktoken.list_encoding_names())}.")
     if vocab_size not in (None, tokenizer.vocab_size) or lowercase not in (None, tokenizer.lowercase):
         raise InputError(f"--encoding={encoding} has vocab_size={tokenizer.vocab_size} and "
@@ -569,7 +724,8 @@ def last_change(folder):
     """When a corpus was written; None if nothing has this name. Anything but a corpus is refused."""
     if not os.path.lexists(folder):
         return None
-    if folder.is_symlink() or not folder.is_dir() or set(os.listdir(folder)) != FILES:
+    names = set(os.listdir(folder)) if folder.is_dir() and not folder.is_symlink() else set()
+    if names not in (FILES | Tokenizer.files, FILES | ReleasedTokenizer.files):
         raise InputError(f"{folder} exists and is not a corpus, or not only that; choose another --name.")
     read_meta(folder)
     return folder.stat().st_mtime_ns
@@ -581,7 +737,7 @@ def prepare(
     data_dir: str = "data",                             # folder of all prepared corpora
     vocab_size: Annotated[int, 260, 2**20] = None,      # entries of the vocabulary: 32768; without PATH: 8192
     lowercase: bool = None,                             # lowercase all text: True, as the paper's base
-    encoding: str = "bpe",                              # bpe: train one; or gpt2, ...; or a corpus' folder
+    encoding: str = "bpe",  # bpe: train one; gpt2, ...; or path of a corpus, checkpoint or released model
     val_fraction: Annotated[float, 0, 0.5] = None,      # share of val.bin: 0.01; without PATH: 0.05
     workers: Annotated[int, 1, 4096] = os.cpu_count(),  # processes; the result does not depend on it
     field: str = "text",                                # the field of a .jsonl line that holds the text
@@ -620,7 +776,7 @@ def prepare(
         if not next(pieces(lines()), None):
             raise InputError(f"there is no text in {', '.join(sources[:5])}.")
         tokenizer = make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers)
-        (new / "tokenizer.tiktoken").write_text(tokenizer.state()["ranks"])
+        tokenizer.write(new)
 
         encode = functools.partial(encode_chunk, state=tokenizer.state(), val_fraction=val_fraction)
         encoded = in_parallel(encode, chunks(lines(), tokenizer.lowercase, "tokenising", total), workers)

@@ -24,6 +24,7 @@ N sequences of all processes together.
 """
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -451,6 +452,7 @@ class COCOLM(nn.Module):
 
     >>> model = COCOLM(Config.from_preset("tiny", vocab_size=8192))
     >>> hidden = model.main(tokens)                         # (B, T) -> (B, T, D)
+    >>> vectors = model.embed(tokens)                       # (B, T) -> (B, D), of length 1
     >>> losses, statistics, predictions = model(batch)      # one pretraining step's losses
     """
 
@@ -493,6 +495,25 @@ class COCOLM(nn.Module):
     def lm_logits(self, hidden):
         """The main model's LM head: E h + b.  (..., D) -> (..., V)"""
         return F.linear(hidden, self.main.embeddings.tokens.weight, self.lm_bias)
+
+    @torch.no_grad()
+    def embed(self, tokens, batch_size=64):
+        """Vectors of texts: the mean of the main Transformer's hidden states, scaled to length 1.
+
+        tokens (B, T), padded -> (B, D), float32. Sorted by length, so that a batch has little padding. Of
+        [CLS], the SCL head and this mean, the mean was closest to human scores of similarity. [ours]
+        """
+        was_training = self.training
+        self.eval()
+        lengths = (tokens != self.config.pad_id).sum(1)
+        vectors = torch.empty(len(tokens), self.config.width)
+        for rows in lengths.argsort().split(batch_size):
+            part = tokens[rows, : lengths[rows].max()].to(self.main.embeddings.tokens.weight.device)
+            real = (part != self.config.pad_id)[..., None]  # (rows, T, 1)
+            hidden = self.main(part).float()  # (rows, T, D)
+            vectors[rows] = F.normalize((hidden * real).sum(1) / real.sum(1), dim=-1).to(vectors.device)
+        self.train(was_training)
+        return vectors
 
     def corrupt(self, batch, padding, losses, statistics):
         """The corrupted text X^MLM (B, T): the masked positions hold what the auxiliary samples."""
@@ -584,6 +605,7 @@ class COCOLM(nn.Module):
            (B, K), `pooled` (B, D), the mean hidden states. Without statistics the last two are empty.
         """
         c = self.config
+        assert isinstance(batch, dict), "a batch is a dict; for token ids call model.embed or model.main"
         losses, statistics, predictions, vectors = self.passes(batch, with_statistics)
         if with_statistics:
             pooled = predictions["pooled"][None]
@@ -632,3 +654,80 @@ def flops(c):
         auxiliary = encoder(c.auxiliary_layers, A, T, K) + K * head
         passes = 1 if c.corruption == "frozen" else 4 if c.auxiliary_dropout else 3
     return 2 * (3 * forward + passes * auxiliary)  # 3: a forward and, as two, a backward pass
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The authors' released weights
+
+TOKENS = "main.embeddings.tokens.weight"
+RELEASED = [  # a module here, in their fairseq code, in their Hugging Face port; N: a layer's number [model]
+    ("main.embeddings.tokens", "encoder.sentence_encoder.embed_tokens", "embeddings.word_embeddings"),
+    ("main.embeddings.positions", "encoder.sentence_encoder.embed_positions",
+     "embeddings.position_embeddings"),
+    ("main.embeddings.norm", "encoder.sentence_encoder.emb_layer_norm", "embeddings.LayerNorm"),
+    ("main.relative", "encoder.sentence_encoder.relative_attention_bias", "relative_attention_bias"),
+    *((f"main.layers.N.{ours}", f"encoder.sentence_encoder.layers.N.{fairseq}", f"encoder.layer.N.{port}")
+      for ours, fairseq, port in (
+          ("qkv", "self_attn.in_proj", "attention.self_attn.in_proj"),
+          ("attention_out", "self_attn.out_proj", "attention.self_attn.out_proj"),
+          ("attention_norm", "self_attn_layer_norm", "attention.LayerNorm"),
+          ("ffn_in", "fc1", "intermediate.dense"),
+          ("ffn_out", "fc2", "output.dense"),
+          ("ffn_norm", "final_layer_norm", "output.LayerNorm"),
+      )),
+    ("scl_head.0", "encoder.seq_head.dense", "scl_head.dense"),
+    ("scl_head.2", "encoder.seq_head.layer_norm", "scl_head.LayerNorm"),
+    ("copy_head", "encoder.binary_head.out_proj"),  # this and what follows the port has not
+    ("auxiliary.transform.0", "auxiliary.lm_head.dense"),
+    ("auxiliary.transform.2", "auxiliary.lm_head.layer_norm"),
+]
+
+
+def from_release(theirs, settings):
+    """Config and weights of a released model, and the names of what is lost.
+
+    theirs: name -> tensor; settings: the args of their fairseq code, or config.json of their port
+    -> Config; name -> tensor, as here; names of tensors that are the main Transformer's here and others there;
+       names that are unknown. Raises ValueError if it is no COCO-LM.
+    """
+    modules = {theirs: ours for ours, *both in RELEASED for theirs in both}
+    modules |= {theirs.replace("encoder.", "auxiliary.", 1): ours.replace("main.", "auxiliary.")
+                for theirs, ours in modules.items() if theirs.startswith("encoder.sentence_encoder.")}
+    biases = {"encoder.lm_head.bias": "lm_bias", "auxiliary.lm_head.bias": "auxiliary.output_bias"}
+    prefixes = [name.removesuffix(f"{tokens}.weight") for tokens in RELEASED[0][1:] for name in theirs
+                if name.endswith(f"{tokens}.weight")]
+    if not prefixes:
+        raise ValueError("it has no embedding of tokens that COCO-LM would have")
+    weights, heads, unknown = {}, {}, []
+    for name, tensor in theirs.items():
+        plain = name.removeprefix(prefixes[0])
+        [layer] = re.findall(r"\.\d+\.", plain)[:1] or [".N."]
+        module, _, kind = plain.replace(layer, ".N.", 1).rpartition(".")
+        if plain in biases:
+            weights[biases[plain]] = tensor
+        elif plain in ("encoder.lm_head.weight", "auxiliary.lm_head.weight"):
+            heads[name] = tensor  # the embedding of tokens once more
+        elif module in modules:
+            weights[f"{modules[module]}.{kind}".replace(".N.", layer)] = tensor
+        else:
+            unknown.append(name)
+    try:
+        layers, auxiliary_layers = (len({name.split(".")[2] for name in weights if name.startswith(part)})
+                                    for part in ("main.layers.", "auxiliary.layers."))
+        vocab_size, width = weights[TOKENS].shape
+        config = dict(vocab_size=vocab_size, pad_id=1, mask_id=vocab_size - 1, layers=layers, width=width,
+                      ffn_width=len(weights["main.layers.0.ffn_in.weight"]),
+                      max_len=len(weights["main.embeddings.positions.weight"]),
+                      auxiliary_layers=auxiliary_layers or settings.get("generator_layers") or 4,
+                      relative_positions="main.relative.weight" in weights)
+        if config["relative_positions"]:
+            config["relative_bins"], config["heads"] = weights["main.relative.weight"].shape
+            config["max_distance"] = settings["max_rel_pos"]
+        else:
+            config["heads"] = settings.get("encoder_attention_heads") or settings["num_attention_heads"]
+    except KeyError as error:
+        raise ValueError(f"it lacks {error}") from None
+    differs = [name for name, tensor in heads.items() if not torch.equal(tensor, weights[TOKENS])]
+    differs += [name for name in weights if name.startswith("auxiliary.embeddings.")
+                and not torch.equal(weights[name], weights[name.replace("auxiliary.", "main.")])]
+    return Config(**config), weights, differs, unknown

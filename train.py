@@ -27,7 +27,7 @@ import signal
 import sys
 import textwrap
 import time
-import zipfile
+from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import InputError, Parser, Sequences, Tokenizer, batches, run_command
-from model import COCOLM, PRESETS, Config, flops
+from model import COCOLM, PRESETS, Config, flops, from_release
 
 # ------------------------------------------------------------------------------------------------------------
 # Constants. The type says what a value may be: Annotated[float, 0, 1] is a number from 0 to 1.
@@ -98,6 +98,9 @@ MAY_CHANGE = {  # when a run is resumed
     "processes", "negatives", "device", "dtype", "compile", "recompute", "log_interval",
     "eval_interval", "eval_batches", "checkpoint_interval", "keep_interval",
 }
+STARTS = ("scratch", "resume", "resume_or_scratch")  # anything else in init_from is a path
+SIZES = {*PRESETS["base"], "auxiliary_width", "relative_positions"} - {"relative_init"}  # of a checkpoint
+MAY_DIFFER = {"dropout", "auxiliary_layers"}  # from those of the checkpoint that a run starts from
 PEAK = {  # teraflops a second, 16 bit with float32 sums, dense, from data sheets; the first name that fits
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
     "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
@@ -111,13 +114,28 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # Settings
 
 
+def sizes_of(path, preset):
+    """The sizes of a checkpoint, and its preset, or else one of these sizes, or else `preset`."""
+    checkpoint = read_checkpoint(path)
+    sizes = {name: checkpoint["config"][name] for name in SIZES}
+    alike = [name for name, row in PRESETS.items()
+             if all(row.get(size, sizes[size]) == sizes[size] for size in SIZES - MAY_DIFFER)]
+    return sizes, checkpoint.get("settings", {}).get("preset", [*alike, preset][0])
+
+
 def read_settings(argv):
     """The constants, overridden by the preset's values and the command line, in one namespace."""
     parser = Parser(__doc__, sys.modules[__name__], Config, without=("vocab_size", "pad_id", "mask_id"))
     args, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     may_shrink = args.micro_batch_size is None  # it was not given, so it is made to fit
-    values = SCHEDULES[args.preset] | PRESETS[args.preset]
-    parser.set_defaults(**{name: str(globals().get(name, value)) for name, value in values.items()})
+    chosen, sizes = args.preset, {}
+    if args.init_from not in STARTS:
+        sizes, chosen = sizes_of(args.init_from, args.preset)
+        if chosen != args.preset and any(word.startswith("--preset") for word in argv):
+            chosen, sizes = args.preset, {}  # take_weights refuses other sizes than the checkpoint's
+    values = SCHEDULES[chosen] | PRESETS[chosen] | sizes
+    defaults = {name: str(globals().get(name, value)) for name, value in values.items()}
+    parser.set_defaults(preset=chosen, **defaults)
     args = parser.parse_args(argv)
 
     args.processes, (share, rest) = WORLD, divmod(args.batch_size, WORLD)  # share: sequences of a process
@@ -266,31 +284,65 @@ def write_file(path, content, before=None):
         raise InputError(f"{path} cannot be written ({reason}).") from None
 
 
+def weights_file(path):
+    """The file that holds the weights: path, or one in that folder if it is of a released model."""
+    names = ("model.pt", "model.safetensors", "pytorch_model.bin")
+    if not Path(path).is_dir():
+        return Path(path)
+    for file in (Path(path, name) for name in names):
+        if file.exists():
+            return file
+    raise InputError(f"{path} is a folder without {', '.join(names)}: give the path of a checkpoint.")
+
+
 def read_checkpoint(path, *more):
-    """The dict that was saved, if its checksums are right, which torch.load does not verify."""
+    """The dict that was saved, or for a released model such a dict of its files."""
+    file = weights_file(path)
+    if file.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+            saved = load_file(file)
+        except ImportError:
+            raise InputError(f"{file} needs a package: pip install safetensors") from None
+        except Exception as error:  # safetensors' own, or no such file
+            raise InputError(f"{file} cannot be read ({error}).") from None
+    else:
+        saved = data.read_torch(file)
+    if not isinstance(saved, dict) or "step" not in saved:
+        return read_release(file, saved)
+    if missing := [name for name in ("model", "config", "tokenizer", *more) if name not in saved]:
+        raise InputError(f"{path} is no checkpoint of this version: it has no {missing[0]!r}.")
+    return saved
+
+
+def read_release(file, saved):
+    """A checkpoint of what the authors' model.pt, model.safetensors or pytorch_model.bin holds. [model]"""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() or any(record.external_attr for record in archive.infolist()):  # a "folder",
-                raise zipfile.BadZipFile("a checksum differs")  # for which torch would read unset memory
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("model", "step", "config", "tokenizer", *more):
-            checkpoint[name]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except Exception as error:  # damage has many names: zipfile's, pickle's, torch's
-        raise InputError(f"{path} is damaged, or no checkpoint of this version ({error!r}).") from None
-    return checkpoint
+        if "model" in saved:  # fairseq: {"args" or "cfg": Namespace, "model": weights, ...}
+            weights, settings = saved["model"], vars(saved.get("args") or saved.get("cfg") or Namespace())
+        else:  # Hugging Face
+            weights, settings = saved, json.loads((file.parent / "config.json").read_bytes())
+        config, weights, *lost = from_release(weights, settings)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
+        raise InputError(f"{file} is neither a checkpoint nor a released model ({error}).") from None
+    tokenizer = data.ReleasedTokenizer.read(file.parent, config.vocab_size)
+    return {"model": weights, "step": 0, "config": dataclasses.asdict(config),
+            "tokenizer": tokenizer.state(), "lost": lost}
 
 
 def load_checkpoint(path, device="cpu"):
-    """(the COCOLM in evaluation mode, its Tokenizer) of a checkpoint"""
+    """(the COCOLM in evaluation mode, its Tokenizer) of a checkpoint or a released model"""
     checkpoint = read_checkpoint(path)
     tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], path)
     try:
         model = COCOLM(Config(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
+        if "lost" in checkpoint:
+            copy_weights(model, checkpoint, path)
+        else:
+            model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}.") from None
+    tokenizer.max_len = model.config.max_len
     return model.to(device).eval(), tokenizer
 
 
@@ -317,24 +369,38 @@ def take_weights(model, path, tokenizer, part=""):
     """Copies the weights of another run's checkpoint, those whose names begin with `part`, into the model."""
     checkpoint, ours = read_checkpoint(path), vars(model.config)
     if checkpoint["tokenizer"] != tokenizer.state():
-        raise InputError(f"{path} has another vocabulary than this corpus; prepare the corpus with its "
-                         f"tokenizer: python data.py PATH --encoding=FOLDER_OF_ITS_CORPUS")
-    may_differ = {"dropout", "relative_init", "layers" if part else "auxiliary_layers"}
-    for name in sorted({*PRESETS["base"], "auxiliary_width", "relative_positions"} - may_differ):  # all sizes
+        raise InputError(f"{path} has another vocabulary than this corpus, or none; prepare the corpus with "
+                         f"its tokenizer: python data.py PATH --encoding={path}")
+    for name in sorted(SIZES - ({"dropout", "layers"} if part else MAY_DIFFER)):
         if checkpoint["config"][name] != ours[name]:
             raise InputError(f"{path} has {name}={checkpoint['config'][name]}, this run {name}={ours[name]}.")
+    copy_weights(model, checkpoint, path, part)
+
+
+def copy_weights(model, checkpoint, path, part=""):
+    """Copies what a checkpoint has of `part`. Says what starts anew, and what is not used."""
+    theirs, ours = checkpoint["model"], model.state_dict()
     # only a frozen auxiliary has embeddings of its own; any other uses the main model's
-    shared = ("auxiliary.embeddings.",) if ours["corruption"] != "frozen" else ()
-    weights = {name: value for name, value in checkpoint["model"].items()
-               if name.startswith(part) and not name.startswith(shared)}
-    if not weights:
-        raise InputError(f"{path} has no auxiliary.")
-    missing, unused = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name.startswith(part) and not name.startswith(shared)]
-    say(f"weights from {path}: {len(weights) - len(unused)} tensors")
-    for what, names in (("not in it", missing), ("not used", unused)):
+    shared = () if model.config.corruption == "frozen" else ("auxiliary.embeddings.",)
+    wanted = [name for name in ours if name.startswith(part) and not name.startswith(shared)]
+    found = {name: theirs[name] for name in wanted
+             if name in theirs and theirs[name].shape == ours[name].shape}
+    new = [name for name in wanted if name not in found]
+    if not found or any(name.startswith("main.") for name in new):
+        raise InputError(f"{path} has no {part.rstrip('.') or new[0]}.")
+    model.load_state_dict(found, strict=False)
+    groups = dict.fromkeys(name.split(".")[0] for name in new)
+    differs, unknown = checkpoint.get("lost", ([], []))
+    unused = [name for name in theirs if name.startswith(part) and name not in found
+              and not name.startswith(shared)]
+    say(f"weights from {path}: {len(found)} tensors")
+    for what, names in (
+        ("start anew", [group + " (in part)" * any(n.startswith(group) for n in found) for group in groups]),
+        ("shared with the main Transformer here, unlike there, and taken from it", differs),
+        ("not used", [*unused[:3], *["..."][: len(unused[3:])], *unknown]),
+    ):
         if names:
-            say(f"  {what}: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
+            say(f"  {what}: {', '.join(names)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -563,7 +629,7 @@ def main(argv):
         if args.contrastive and "negatives" in changes:
             say(f"warning: {args.negatives} negatives for each sequence vector, not {before['negatives']}")
         model.load_state_dict(checkpoint["model"])
-    elif args.init_from not in ("scratch", "resume_or_scratch"):
+    elif args.init_from not in STARTS:
         take_weights(model, args.init_from, tokenizer)
     if args.auxiliary_from and not checkpoint:
         take_weights(model, args.auxiliary_from, tokenizer, "auxiliary.")
@@ -587,27 +653,36 @@ def main(argv):
     if WORLD > 1:
         ddp = DistributedDataParallel(model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None,
                                       gradient_as_bucket_view=True, forward_sync_buffers=False)
-        # DDP sorts its buckets after the first backward, and with them the order of sums. An unused pass puts
-        # that before the first step, so that a resumed run adds in the order of an undisturbed one.
-        example = train.batch(0, range(args.micro_batch_size), args.batch_size)
+    # Two unused passes. After the first one DDP sorts its buckets, and with them the order of sums: a resumed
+    # run then adds in the order of an undisturbed one. The second one tells how long the run will take.
+    example = to_device(train.batch(0, range(args.micro_batch_size), args.batch_size), device)
+    for _ in range(2):
+        began = time.perf_counter()
         with autocast:
-            losses, _, _ = ddp(to_device(example, device), gather, False)
+            losses, _, _ = ddp(example, gather, False)
         losses["loss"].backward()
         model.zero_grad(set_to_none=True)
+        losses["loss"].item()  # waits for the device
+    step_seconds = (time.perf_counter() - began) * args.accumulation
 
     # the report and the log
     counts, step_tokens = count_parameters(model), args.batch_size * args.max_len
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     known = [rate for gpu, rate in PEAK.items() if gpu in hardware and args.dtype != "float32"]
     peak = 1e12 * WORLD * known[0] if known else math.nan
+    epochs = args.max_steps * args.batch_size / len(train)
+    left = timedelta(seconds=round((args.max_steps - start) * step_seconds))
     say(f"device      {WORLD} x {args.device} ({hardware}), {args.dtype}{', compiled' * args.compile}\n"
         f"parameters  {', '.join(f'{name} {n:,}' for name, n in counts.items())}\n"
         f"text        {train.path.parent}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation\n"
         f"step        {step_tokens:,} tokens = {WORLD} processes x {args.accumulation} passes x "
         f"{args.micro_batch_size} sequences x {args.max_len}\n"
         + f"negatives   {args.negatives} for each sequence vector\n" * args.contrastive +
-        f"run         preset {args.preset}, steps {start:,} to {args.max_steps:,}, "
-        f"{args.max_steps * args.batch_size / len(train):.1f} epochs, to {out}")
+        f"run         preset {args.preset}, steps {start:,} to {args.max_steps:,}, {epochs:,.1f} epochs, "
+        f"to {out}\n"
+        f"time        about {left}, at {step_seconds:.3g} s a step")
+    if epochs > 100:
+        say(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
     if RANK == 0:
         held = held or lock(out)
         if start and resumed_from.name == "ckpt.prev.pt" and (out / "ckpt.pt").exists():
