@@ -659,75 +659,63 @@ def flops(c):
 # ------------------------------------------------------------------------------------------------------------
 # The authors' released weights
 
-TOKENS = "main.embeddings.tokens.weight"
-RELEASED = [  # a module here, in their fairseq code, in their Hugging Face port; N: a layer's number [model]
-    ("main.embeddings.tokens", "encoder.sentence_encoder.embed_tokens", "embeddings.word_embeddings"),
-    ("main.embeddings.positions", "encoder.sentence_encoder.embed_positions",
-     "embeddings.position_embeddings"),
-    ("main.embeddings.norm", "encoder.sentence_encoder.emb_layer_norm", "embeddings.LayerNorm"),
-    ("main.relative", "encoder.sentence_encoder.relative_attention_bias", "relative_attention_bias"),
-    *((f"main.layers.N.{ours}", f"encoder.sentence_encoder.layers.N.{fairseq}", f"encoder.layer.N.{port}")
-      for ours, fairseq, port in (
-          ("qkv", "self_attn.in_proj", "attention.self_attn.in_proj"),
-          ("attention_out", "self_attn.out_proj", "attention.self_attn.out_proj"),
-          ("attention_norm", "self_attn_layer_norm", "attention.LayerNorm"),
-          ("ffn_in", "fc1", "intermediate.dense"),
-          ("ffn_out", "fc2", "output.dense"),
-          ("ffn_norm", "final_layer_norm", "output.LayerNorm"),
-      )),
-    ("scl_head.0", "encoder.seq_head.dense", "scl_head.dense"),
-    ("scl_head.2", "encoder.seq_head.layer_norm", "scl_head.LayerNorm"),
-    ("copy_head", "encoder.binary_head.out_proj"),  # this and what follows the port has not
-    ("auxiliary.transform.0", "auxiliary.lm_head.dense"),
-    ("auxiliary.transform.2", "auxiliary.lm_head.layer_norm"),
+RELEASED = [  # their names, as regular expressions, and ours; the Hugging Face port's come last [model]
+    ("^encoder.sentence_encoder", "main"), ("^auxiliary.sentence_encoder", "auxiliary"),
+    ("embed_tokens", "embeddings.tokens"), ("embed_positions", "embeddings.positions"),
+    ("emb_layer_norm", "embeddings.norm"), ("self_attn_layer_norm", "attention_norm"),
+    ("(attention.)?self_attn.in_proj", "qkv"), ("(attention.)?self_attn.out_proj", "attention_out"),
+    ("fc1", "ffn_in"), ("fc2", "ffn_out"), ("final_layer_norm", "ffn_norm"),
+    ("^encoder.binary_head.out_proj", "copy_head"), ("^encoder.lm_head.bias", "lm_bias"),
+    ("^encoder.seq_head.dense", "scl_head.0"), ("^encoder.seq_head.layer_norm", "scl_head.2"),
+    ("^auxiliary.lm_head.dense", "auxiliary.transform.0"),
+    ("^auxiliary.lm_head.layer_norm", "auxiliary.transform.2"),
+    ("^auxiliary.lm_head.bias", "auxiliary.output_bias"),
+    ("^relative_attention_bias", "main.relative"), ("relative_attention_bias", "relative"),
+    ("^embeddings.word_embeddings", "main.embeddings.tokens"),
+    ("^embeddings.position_embeddings", "main.embeddings.positions"),
+    ("^embeddings.LayerNorm", "main.embeddings.norm"), ("^encoder.layer", "main.layers"),
+    ("attention.LayerNorm", "attention_norm"), ("output.LayerNorm", "ffn_norm"),
+    ("intermediate.dense", "ffn_in"), ("output.dense", "ffn_out"),
+    ("^scl_head.dense", "scl_head.0"), ("^scl_head.LayerNorm", "scl_head.2"),
 ]
 
 
 def from_release(theirs, settings):
-    """Config and weights of a released model, and the names of what is lost.
+    """Config and weights of a released model, and the names of weights that it shares here, but not there.
 
-    theirs: name -> tensor; settings: the args of their fairseq code, or config.json of their port
-    -> Config; name -> tensor, as here; names of tensors that are the main Transformer's here and others there;
-       names that are unknown. Raises ValueError if it is no COCO-LM.
+    theirs: name -> tensor; settings: the args of the fairseq code, or config.json of the Hugging Face port.
+    Raises ValueError if it is no COCO-LM.
     """
-    modules = {theirs: ours for ours, *both in RELEASED for theirs in both}
-    modules |= {theirs.replace("encoder.", "auxiliary.", 1): ours.replace("main.", "auxiliary.")
-                for theirs, ours in modules.items() if theirs.startswith("encoder.sentence_encoder.")}
-    biases = {"encoder.lm_head.bias": "lm_bias", "auxiliary.lm_head.bias": "auxiliary.output_bias"}
-    prefixes = [name.removesuffix(f"{tokens}.weight") for tokens in RELEASED[0][1:] for name in theirs
-                if name.endswith(f"{tokens}.weight")]
+    tokens = re.compile(r"(.*?)(encoder\.sentence_encoder\.embed_tokens|embeddings\.word_embeddings)\.weight")
+    prefixes, weights = [found[1] for found in map(tokens.fullmatch, theirs) if found], {}
     if not prefixes:
         raise ValueError("it has no embedding of tokens that COCO-LM would have")
-    weights, heads, unknown = {}, {}, []
     for name, tensor in theirs.items():
-        plain = name.removeprefix(prefixes[0])
-        [layer] = re.findall(r"\.\d+\.", plain)[:1] or [".N."]
-        module, _, kind = plain.replace(layer, ".N.", 1).rpartition(".")
-        if plain in biases:
-            weights[biases[plain]] = tensor
-        elif plain in ("encoder.lm_head.weight", "auxiliary.lm_head.weight"):
-            heads[name] = tensor  # the embedding of tokens once more
-        elif module in modules:
-            weights[f"{modules[module]}.{kind}".replace(".N.", layer)] = tensor
-        else:
-            unknown.append(name)
+        name = name.removeprefix(prefixes[0])
+        for pattern, ours in RELEASED:
+            name = re.sub(pattern, ours, name)
+        weights[name] = tensor
     try:
         layers, auxiliary_layers = (len({name.split(".")[2] for name in weights if name.startswith(part)})
                                     for part in ("main.layers.", "auxiliary.layers."))
-        vocab_size, width = weights[TOKENS].shape
-        config = dict(vocab_size=vocab_size, pad_id=1, mask_id=vocab_size - 1, layers=layers, width=width,
-                      ffn_width=len(weights["main.layers.0.ffn_in.weight"]),
-                      max_len=len(weights["main.embeddings.positions.weight"]),
-                      auxiliary_layers=auxiliary_layers or settings.get("generator_layers") or 4,
-                      relative_positions="main.relative.weight" in weights)
-        if config["relative_positions"]:
-            config["relative_bins"], config["heads"] = weights["main.relative.weight"].shape
-            config["max_distance"] = settings["max_rel_pos"]
+        vocab_size, width = weights["main.embeddings.tokens.weight"].shape
+        c = dict(vocab_size=vocab_size, pad_id=1, mask_id=vocab_size - 1, layers=layers, width=width,
+                 ffn_width=len(weights["main.layers.0.ffn_in.weight"]),
+                 max_len=len(weights["main.embeddings.positions.weight"]),
+                 auxiliary_layers=auxiliary_layers or settings.get("generator_layers") or 4,
+                 relative_positions="main.relative.weight" in weights)
+        if c["relative_positions"]:
+            c["relative_bins"], c["heads"] = weights["main.relative.weight"].shape
+            c["max_distance"] = settings["max_rel_pos"]
         else:
-            config["heads"] = settings.get("encoder_attention_heads") or settings["num_attention_heads"]
+            c["heads"] = settings.get("encoder_attention_heads") or settings["num_attention_heads"]
     except KeyError as error:
         raise ValueError(f"it lacks {error}") from None
-    differs = [name for name, tensor in heads.items() if not torch.equal(tensor, weights[TOKENS])]
-    differs += [name for name in weights if name.startswith("auxiliary.embeddings.")
-                and not torch.equal(weights[name], weights[name.replace("auxiliary.", "main.")])]
-    return Config(**config), weights, differs, unknown
+    stated = settings.get("encoder_layers", settings.get("num_hidden_layers", layers))
+    if stated != layers:
+        raise ValueError(f"it has {layers} layers, but its settings say {stated}")
+    twins = {name: name.replace("auxiliary.", "main.") for name in weights if "auxiliary.embeddings." in name}
+    for head in ("encoder.lm_head.weight", "auxiliary.lm_head.weight"):
+        twins |= {head: "main.embeddings.tokens.weight"} if head in weights else {}
+    differ = [name for name, twin in twins.items() if not torch.equal(weights[name], weights[twin])]
+    return Config(**c), {name: w for name, w in weights.items() if "lm_head.weight" not in name}, differ

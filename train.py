@@ -322,12 +322,12 @@ def read_release(file, saved):
             weights, settings = saved["model"], vars(saved.get("args") or saved.get("cfg") or Namespace())
         else:  # Hugging Face
             weights, settings = saved, json.loads((file.parent / "config.json").read_bytes())
-        config, weights, *lost = from_release(weights, settings)
+        config, weights, differ = from_release(weights, settings)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
         raise InputError(f"{file} is neither a checkpoint nor a released model ({error}).") from None
     tokenizer = data.ReleasedTokenizer.read(file.parent, config.vocab_size)
     return {"model": weights, "step": 0, "config": dataclasses.asdict(config),
-            "tokenizer": tokenizer.state(), "lost": lost}
+            "tokenizer": tokenizer.state(), "differ": differ}
 
 
 def load_checkpoint(path, device="cpu"):
@@ -336,7 +336,7 @@ def load_checkpoint(path, device="cpu"):
     tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], path)
     try:
         model = COCOLM(Config(**checkpoint["config"]))
-        if "lost" in checkpoint:
+        if "differ" in checkpoint:
             copy_weights(model, checkpoint, path)
         else:
             model.load_state_dict(checkpoint["model"])
@@ -390,14 +390,12 @@ def copy_weights(model, checkpoint, path, part=""):
         raise InputError(f"{path} has no {part.rstrip('.') or new[0]}.")
     model.load_state_dict(found, strict=False)
     groups = dict.fromkeys(name.split(".")[0] for name in new)
-    differs, unknown = checkpoint.get("lost", ([], []))
-    unused = [name for name in theirs if name.startswith(part) and name not in found
-              and not name.startswith(shared)]
     say(f"weights from {path}: {len(found)} tensors")
     for what, names in (
         ("start anew", [group + " (in part)" * any(n.startswith(group) for n in found) for group in groups]),
-        ("shared with the main Transformer here, unlike there, and taken from it", differs),
-        ("not used", [*unused[:3], *["..."][: len(unused[3:])], *unknown]),
+        ("its own there, the main Transformer's here", checkpoint.get("differ")),
+        ("not used", [name for name in theirs if name.startswith(part) and name not in found
+                      and not name.startswith(shared)]),
     ):
         if names:
             say(f"  {what}: {', '.join(names)}")
@@ -533,39 +531,36 @@ def count_parameters(model):
 
 @torch.no_grad()
 def show_what_was_learned(model, batch, tokenizer, text, final, args):
-    """Validation text as the auxiliary corrupted it and the main model corrects it, and a table of scores."""
-    def piece(token):
-        return repr(tokenizer.decode([token]))[1:-1]
-
+    """Validation text, what the auxiliary made of it, and what the main model says to that; the scores."""
     predictions = model.eval()(batch)[2]
-    for row, tokens in enumerate(batch["tokens"][:3].tolist()):
-        corrupted = predictions["corrupted"][row].tolist()
-        words, table = [piece(token) for token in corrupted], []
+    say("\n  validation text, with [original: what the auxiliary put, p(original) > main model's correction]")
+    for row, tokens in enumerate(batch["tokens"][:2]):
+        words, corrupted = tokenizer.pieces(tokens), predictions["corrupted"][row]
         for k, i in enumerate(batch["masked"][row].tolist()):
             if corrupted[i] != tokens[i]:
-                p = correction = "-"
+                put = tokenizer.pieces(corrupted[i : i + 1])[0].strip()
                 if "copy_logits" in predictions:
-                    p = f"{predictions['copy_logits'][row, i].sigmoid().item():.2f}"
+                    put += f" {predictions['copy_logits'][row, i].sigmoid():.2f}"
                 if "lm_tokens" in predictions:
-                    correction = piece(predictions["lm_tokens"][row, k].item())
-                table.append(f"    {piece(tokens[i]):>16}  {words[i]:>16}  {p:>11}  {correction:>16}")
-                words[i] = f"[{words[i]}]"
-        say("\n" + textwrap.fill("".join(words[1:]), 98, initial_indent="  ", subsequent_indent="  "))
-        say(f"\n    {'original':>16}  {'auxiliary put':>16}  p(original)  main corrects to", *table, sep="\n")
+                    put += f" > {tokenizer.pieces(predictions['lm_tokens'][row, k : k + 1])[0].strip()}"
+                words[i] = " " * words[i].startswith(" ") + f"[{words[i].strip()}: {put}]"
+        lines = textwrap.wrap("".join(words[1:]), 96)[:5]
+        say("", *(f"  {line}" for line in lines), sep="\n")
 
     counts = np.bincount(text, minlength=tokenizer.vocab_size)
     counts[tokenizer.sep_id] = 0  # never masked
     share = counts[counts > 0] / counts.sum()
     entropy, most_frequent = -(share * np.log(share)).sum(), share.max()
     nothing_learned = {  # token frequencies alone, "all is original", chance, all texts look the same
-        "mlm_loss": entropy, "mlm_accuracy": most_frequent, "copy_accuracy_original": 1.0,
-        "copy_accuracy_replaced": 0.0, "copy_auc": 0.5, "lm_accuracy_replaced": most_frequent,
-        "scl_accuracy": 1 / (args.negatives + 1), "mean_cosine": 1.0,
+        "mlm_loss": ("↓", entropy), "copy_accuracy_replaced": ("↑", 0.0), "copy_auc": ("↑", 0.5),
+        "lm_accuracy_replaced": ("↑", most_frequent), "scl_accuracy": ("↑", 1 / (args.negatives + 1)),
+        "mean_cosine": ("↓", 1.0),
     }
-    say(f"\n  {'on validation text':24}{'this model':>12}{'nothing learned':>17}")
-    for name, floor in nothing_learned.items():
+    say(f"\n  {'on validation text':26}{'this model':>12}{'nothing learned':>17}")
+    for name, (better, floor) in nothing_learned.items():
         if name in final:
-            say(f"  {name:24}{final[name]:12.4f}{floor:17.4f}")
+            say(f"  {better} {name:24}{final[name]:12.4f}{floor:17.4f}")
+    say("  Good are a low p and the original as correction; and scores that go the way of their arrow.")
 
 
 # ------------------------------------------------------------------------------------------------------------

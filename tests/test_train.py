@@ -279,8 +279,10 @@ def test_biases_and_norms_are_not_decayed():
 def test_a_run_from_start_to_end(options, tmp_path):
     out = tmp_path / "out"
     said = run(*options, f"--out_dir={out}", "--max_steps=4", "--eval_interval=2", "--checkpoint_interval=3")
-    for word in ("device", "parameters", "negatives", "main corrects to", "nothing learned", "copy_auc"):
+    for word in ("device", "parameters", "negatives", "time", "correction", "nothing learned", "copy_auc"):
         assert word in said
+    end = said[said.index("\n\n  validation text") + 1 :].splitlines()
+    assert len(end) <= 25 and max(map(len, end[:-1])) <= 100  # the last one has a path
 
     first = header(out)
     assert {"date", "device", "compiled", "parameters", "config", "constants", "versions"} <= first.keys()
