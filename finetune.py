@@ -1,16 +1,22 @@
-"""Fine-tunes a checkpoint on GLUE or SQuAD.
+"""Fine-tunes a checkpoint on GLUE, SQuAD or own data.
 
     python finetune.py --task=CoLA --init_from=out/ckpt.pt --data_dir=GLUE        reads GLUE/CoLA/*.tsv
     python finetune.py --task=GLUE --init_from=out/ckpt.pt --data_dir=GLUE        eight tasks, their average
     python finetune.py --task=SQuAD-2.0 --init_from=out/ckpt.pt --data_dir=SQUAD  reads SQUAD/*-v2.0.json
+    python finetune.py --task=NAME --init_from=out/ckpt.pt --data_dir=FOLDER      own data: FOLDER/NAME/*
+    python finetune.py --predict=FILE --init_from=out/finetune/NAME/best.pt       writes FILE.predictions.tsv
     torchrun --standalone --nproc_per_node=8 finetune.py --task=MNLI ...          eight GPUs
+
+Own data are train.tsv, dev.tsv and, if there, test.tsv; or .jsonl. The header or the keys name the columns:
+"label" and one or two others, which are the texts; "index" or "id" may be there, too. FILE needs no labels.
 
 To change something, edit a constant or pass --name=value. What a run writes to out_dir/TASK/:
 
     results.json   median, minimum and maximum over the finished seeds, baseline, settings
-                   (scores of GLUE are from 0 to 1, those of SQuAD in percent, as in its official script)
+                   (scores are from 0 to 1, those of SQuAD in percent, as in its official script)
     best.pt        the state with the best score on dev, of the best seed
-    predictions/   of that state: the leaderboard's files (CoLA.tsv), and those of the dev set (CoLA.dev.tsv)
+    predictions/   of that state: those of the test set, as the leaderboard takes them (CoLA.tsv), and those
+                   of the dev set, with probabilities and labels (CoLA.dev.tsv)
     seedN/         the same of one seed; last.pt, the state after the last step; and result.json, which is
                    written last: a seed that has it is finished, and is not run again
 
@@ -18,11 +24,13 @@ The last line of the output is one line of JSON. From a file back to a model, in
 
     from finetune import load_finetuned
     model, tokenizer, task = load_finetuned("out/finetune/CoLA/best.pt")
+    probabilities = model(tokenizer.batch(["They sings."])).softmax(-1)  # (1, 2), of task["labels"]
 """
 
 import collections
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -42,17 +50,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data import InputError, Parser, Progress, Tokenizer, checksum, read_file, run_command
+from data import InputError, Parser, Progress, Tokenizer, checksum, read_lines, run_command
 from model import COCOLM, PRESETS, Config
 from train import (LOCAL_RANK, RANK, WORLD, Count, CountOrZero, choose_hardware, connect, keep_memory,
                    learning_rate_at, load_checkpoint, lock, make_optimizer, read_checkpoint, say,
-                   seed_dropout, sum_over_processes, to_device, write_file)
+                   seed_dropout, sum_over_processes, to_device, weights_file, write_file)
 
 # ------------------------------------------------------------------------------------------------------------
 # The tasks: one row says everything about a task.
 #
 # base, large: batch size, learning rate, epochs, warm-up fraction [model]; large: if as wide as large++
 # selects: the metrics whose mean on dev selects the best state; default: all metrics
+# labels: the classes, or [] for scores from low to high, of which the model learns a share [model]
 
 BINARY, ENTAILMENT = ["0", "1"], ["entailment", "not_entailment"]
 TASKS = {
@@ -64,7 +73,7 @@ TASKS = {
     "MRPC": dict(texts=["#1 String", "#2 String"], label="Quality", labels=BINARY,
                  metrics=["accuracy", "f1"], selects=["accuracy"],
                  base=(16, 4e-5, 10, 1 / 16), large=(16, 2e-5, 5, 1 / 16)),
-    "STS-B": dict(texts=["sentence1", "sentence2"], label="score", labels=[],  # scores from 0 to 5
+    "STS-B": dict(texts=["sentence1", "sentence2"], label="score", labels=[], low=0.0, high=5.0,
                   metrics=["pearson", "spearman"],
                   base=(16, 4e-5, 10, 1 / 16), large=(16, 2e-5, 10, 1 / 16)),
     "QQP": dict(texts=["question1", "question2"], label="is_duplicate", labels=BINARY,
@@ -87,14 +96,18 @@ TASKS = {
     "SQuAD-2.0": dict(metrics=["exact_match", "f1"], selects=["best_f1"], max_len=384,
                       base=(32, 2e-5, 3, 1 / 10), large=(32, 2e-5, 3, 1 / 10)),
 }
+INDEX = ("index", "id")  # columns that number the rows
 PAPERS_EIGHT = ["MNLI", "QQP", "QNLI", "SST-2", "CoLA", "RTE", "MRPC", "STS-B"]
+OWN = dict(own=True, label="label", base=(16, 2e-5, 10, 1 / 16), large=(16, 1e-5, 10, 1 / 16))  # [ours]
 
 # ------------------------------------------------------------------------------------------------------------
 # Constants. The type says what a value may be, as in train.py.
 
 # the run
-task: Literal[*TASKS, "GLUE"] = "CoLA"  # a row of TASKS; GLUE: the paper's eight that data_dir holds
-data_dir: str = "data/glue"      # GLUE's tasks are in data_dir/TASK/, SQuAD's files in data_dir itself
+task: str = "CoLA"               # a row of TASKS, or own data; GLUE: the paper's eight that data_dir holds
+data_dir: str = "data/glue"      # tasks are in data_dir/TASK/, but SQuAD's files in data_dir itself
+regression: bool = False         # own data: labels are numbers
+predict: str = ""                # a .tsv or .jsonl for which a fine-tuned init_from gives the labels
 init_from: str = "out/ckpt.pt"   # a checkpoint of train.py; scratch: an untrained model, to compare with
 tokenizer_from: str = "data/docs"  # of scratch: a checkpoint or a prepared corpus
 preset: Literal[tuple(PRESETS)]  # of scratch: its sizes; default: those of that checkpoint, else tiny
@@ -120,10 +133,9 @@ device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, mps or cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: bfloat16 in hardware
 
 DECISIVE = ["epochs", "batch_size", "learning_rate", "warmup_fraction", "max_len", "dropout", "weight_decay",
-            "beta1", "beta2", "epsilon", "dtype"]  # all seeds in out_dir/TASK/ have to agree in these
+            "beta1", "beta2", "epsilon", "dtype", "regression"]  # all seeds in out_dir/TASK/ agree in these
 EVAL_BATCH = 64  # sequences; predictions do not depend on it
 POOL = 50        # batches that are sorted by length together: little padding, and still a random order
-HIGHEST = 5.0    # score of STS-B; the model learns a share of it [model]
 QUESTION, STRIDE = 64, 128        # SQuAD: tokens of a question, tokens from one window to the next [model]
 N_BEST, LONGEST_ANSWER = 20, 30   # SQuAD: starts and ends that are combined, tokens of an answer [model]
 
@@ -141,6 +153,11 @@ def f1_score(gold, predicted):
     """Harmonic mean of precision and recall of class 1; 0 if it is on neither side."""
     total = (gold == 1).sum() + (predicted == 1).sum()
     return float(2 * ((gold == 1) & (predicted == 1)).sum() / total) if total else 0.0
+
+
+def macro_f1(gold, predicted):
+    """Mean of the F1 of each class that occurs, in gold or predicted"""
+    return float(np.mean([f1_score(gold == k, predicted == k) for k in np.union1d(gold, predicted)]))
 
 
 def pearson(gold, predicted):
@@ -163,8 +180,8 @@ def spearman(gold, predicted):
     return pearson(ranks(gold), ranks(predicted))
 
 
-METRICS = {"accuracy": accuracy, "f1": f1_score, "matthews": pearson, "pearson": pearson,
-           "spearman": spearman}
+METRICS = {"accuracy": accuracy, "f1": f1_score, "macro_f1": macro_f1, "matthews": pearson,
+           "pearson": pearson, "spearman": spearman}
 
 
 def normalized(text):
@@ -206,93 +223,155 @@ def best_threshold(scores, has_answer, odds):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# GLUE: a class or a score for a text or a pair of texts
+# GLUE and own data: a class or a score for a text or a pair of texts
 
 
 def table(header, rows):
-    return "".join("\t".join(row) + "\n" for row in [header.split(), *rows])
+    """The text of a .tsv. Tabs and line breaks within a field become spaces, half a character a "?"."""
+    lines = ("\t".join(re.sub(r"[\t\r\n]", " ", field) for field in row) for row in [header, *rows])
+    return "".join(line + "\n" for line in lines).encode(errors="replace").decode()
 
 
-def read_glue(path, name, labelled):
-    """[(index, texts, label or None)] of a file.
+def read_fields(path):
+    """(line number, fields) of a .tsv or a .jsonl. The first fields are the names of the columns.
 
-    Only tabs separate fields: quotation marks are text. index: from that column, else the row's number.
+    Only tabs separate the fields of a .tsv: quotation marks are text. The names of a .jsonl are the keys of
+    its first line. A number is its text; what is neither text nor number stays as it is:
+
+        {"text": "A cat.", "label": 1}  ->  (1, ["text", "label"]), (1, ["A cat.", "1"])
     """
-    row, rows, broken, header = TASKS[name], [], 0, None
-    wanted, labels = row["texts"] + [row["label"]] * labelled, row["labels"]
-    for number, line in enumerate(read_file(path, "", True), 1):
-        fields = (line or "").rstrip("\r\n").split("\t")
-        if fields == [""]:
+    names = None
+    for number, line in read_lines(path):
+        if not line.strip(" \r\n"):
             continue
+        if path.suffix.lower() != ".jsonl":
+            yield number, line.rstrip("\r\n").split("\t")
+            continue
+        try:
+            row, as_text = json.loads(line), json.loads(line, parse_int=str, parse_float=str)
+            keys = dict.fromkeys([*(names or []), *row.keys()])  # first those of the first line
+            fields = [as_text[key] if isinstance(as_text[key], str) else row[key] for key in keys]
+        except (ValueError, AttributeError, KeyError, RecursionError) as error:
+            raise InputError(f"{path}, line {number} has to be a JSON object with the keys of the first one "
+                             f"({error!r:.200}).") from None
+        if names is None:
+            names = list(keys)
+            yield number, names
+        yield number, fields
+
+
+def wanted_label(task, label):
+    """What a label has to be, if it is not that; None if it can be used."""
+    labels = task["labels"]
+    if labels is None:  # the classes are what the training file has
+        return None if label else "a text"
+    if labels:
+        return None if label in labels else f"one of {', '.join(labels):.200}"
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(label)) and ("own" in task or task["low"] <= float(label) <= task["high"]):
+            return None
+    return "a number" if "own" in task else f"a number from {task['low']:g} to {task['high']:g}"
+
+
+def read_glue(path, task, split):
+    """[(index, texts, label or None)] of a file; split: train, dev, test, or new for one of --predict.
+
+    index: from that column, else the row's number. Rows of own files have as many fields as the header.
+    """
+    labelled, exact = split in ("train", "dev"), "own" in task or split == "new"
+    wanted = task["texts"] + [task["label"]] * labelled
+    rows, broken, header = [], 0, None
+    for number, fields in read_fields(path):
         if header is None:
-            header = row["no_header"] if "no_header" in row and wanted[0] not in fields else fields
+            without = labelled and "no_header" in task and wanted[0] not in fields
+            header = task["no_header"] if without else fields
             if missing := [column for column in wanted if column not in header]:
                 raise InputError(f'{path} has no column "{missing[0]}": its first line is {fields!r:.200}.')
             columns = [header.index(column) for column in wanted]
-            index = next((header.index(column) for column in ("index", "id") if column in header), None)
+            index = next((header.index(column) for column in INDEX if column in header), None)
             if header is fields:
                 continue
-        if labelled and "skips_broken_rows" in row and len(fields) != len(header):
+        if labelled and "skips_broken_rows" in task and len(fields) != len(header):
             broken += 1
             continue
-        if len(fields) <= max([*columns, index or 0]):
+        if exact and len(fields) != len(header) or len(fields) <= max([*columns, index or 0]):
             raise InputError(f"{path}, line {number} has {len(fields)} fields, not {len(header)}.")
-        *texts, label = [fields[column].strip() for column in columns] + [None] * (not labelled)
-        if labelled and not (label in labels if labels else re.fullmatch(r"[0-4](\.\d*)?|5(\.0*)?", label)):
-            allowed = f"one of {', '.join(labels)}" if labels else f"a number from 0 to {HIGHEST:.0f}"
-            raise InputError(f"{path}, line {number}: the label has to be {allowed}, not {label!r}.")
-        rows.append((str(len(rows)) if index is None else fields[index].strip(), texts, label))
+        for name, value in zip(wanted, found := [fields[column] for column in columns]):
+            if not isinstance(value, str):
+                raise InputError(f'{path}, line {number}: "{name}" has to be a text, not {value!r:.200}.')
+        *texts, label = [value.strip() for value in found] + [None] * (not labelled)
+        if labelled and (what := wanted_label(task, label)):
+            raise InputError(f"{path}, line {number}: the label has to be {what}, not {label!r:.200}.")
+        rows.append((str(len(rows) if index is None else fields[index]).strip(), texts, label))
     if not rows:
-        raise InputError(f"{path} has no rows: fetch it again.")
+        raise InputError(f"{path} has no rows: it is empty, or has a header alone.")
     if broken:
         say(f"{path}: {broken} broken rows were left out.")
     return rows
 
 
 class GlueSet:
-    """A file of a GLUE task.
+    """A file of a GLUE task or of own data.
 
     examples: dicts of tokens (T,) = [CLS] A [SEP] or [CLS] A [SEP] [SEP] B [SEP], and label (): the number of
-    a class, or a share of the highest score. gold (n,): classes or scores. Predictions are like gold.
+    a class, or a score's share of the range from low to high. gold (n,): classes or scores.
+
+    Predictions are (values like gold, the probability of each; None for scores).
     """
 
-    def __init__(self, path, name, set_name, split, tokenizer, max_len):
-        self.row, self.labels, self.name, self.split = TASKS[name], TASKS[name]["labels"], set_name, split
-        rows = read_glue(path, name, labelled=split != "test")
+    def __init__(self, path, task, set_name, split, tokenizer, max_len):
+        self.task, self.labels, self.name, self.split = task, task["labels"], set_name, split
+        self.low, self.high = task.get("low"), task.get("high")  # of scores
+        rows = read_glue(path, task, split)
         self.index = [index for index, _, _ in rows]
-        self.examples = [{"tokens": np.array(tokenizer.encode_pair(*texts, max_len=max_len), np.int32)}
+        self.examples = [{"tokens": tokenizer.batch(texts[:1], texts[1:] or None, max_len)[0].numpy()}
                          for _, texts, _ in rows]
-        if split != "test":
+        if split in ("train", "dev"):
             number = self.labels.index if self.labels else float
-            self.gold = np.array([number(label) for _, _, label in rows])
-            for example, gold in zip(self.examples, self.gold):
-                example["label"] = gold if self.labels else np.float32(gold / HIGHEST)
+            self.gold = targets = np.array([number(label) for _, _, label in rows])
+            if not self.labels:
+                targets = np.float32((self.gold - self.low) / (self.high - self.low))
+            for example, target in zip(self.examples, targets):
+                example["label"] = target
 
     def __len__(self):
         return len(self.examples)
 
     def decode(self, outputs):
-        """(n, classes) or (n, 1) -> (n,)"""
-        return outputs.argmax(1) if self.labels else HIGHEST * outputs[:, 0]
+        """(n, classes) or (n, 1) -> predictions (n,) and their probabilities"""
+        if self.labels:
+            return outputs.argmax(1), torch.from_numpy(outputs).softmax(1).numpy().max(1)
+        return self.low + (self.high - self.low) * outputs[:, 0], None
 
     def constant(self, train):
         """What a model predicts that always says the most frequent class, or the mean score, of train."""
-        return np.full(len(self), np.bincount(train.gold).argmax() if self.labels else train.gold.mean())
+        value = np.bincount(train.gold).argmax() if self.labels else train.gold.mean()
+        return np.full(len(self), value), None
 
     def scores(self, predicted):
         """name of metric -> score"""
-        return {metric: METRICS[metric](self.gold, predicted) for metric in self.row["metrics"]}
+        return {metric: METRICS[metric](self.gold, predicted[0]) for metric in self.task["metrics"]}
+
+    def text(self, values):
+        return [self.labels[value] if self.labels else str(float(value)) for value in values]
+
+    def columns(self, predicted):
+        """name -> fields: the predictions and, of classes, their probabilities"""
+        values, probability = predicted
+        columns = {"prediction": self.text(values)}
+        return columns | {"probability": [f"{p:.6f}" for p in probability]} if self.labels else columns
 
     def files(self, predicted):
-        """name of file -> text: what the GLUE server takes, or the predictions and labels of a dev set"""
-        def text(values, number=str):
-            return [self.labels[value] if self.labels else number(float(value)) for value in values]
-
+        """name of file -> text: predictions and labels of a dev set, predictions of a test set"""
+        columns = {"index": self.index, **self.columns(predicted)}
         if self.split == "dev":
-            rows = zip(self.index, text(predicted), text(self.gold))
-            return {f"{self.name}.dev.tsv": table("index prediction gold", rows)}
-        rows = zip(self.index, text(predicted, lambda score: f"{min(max(score, 0.0), HIGHEST):.3f}"))
-        return {f"{self.name}.tsv": table("index prediction", rows)}
+            columns["gold"] = self.text(self.gold)
+        elif "own" not in self.task:  # what the GLUE server takes
+            columns.pop("probability", None)
+            if not self.labels:
+                columns["prediction"] = [f"{score:.3f}" for score in predicted[0].clip(self.low, self.high)]
+        file = f"{self.name}.dev.tsv" if self.split == "dev" else f"{self.name}.tsv"
+        return {file: table(columns, zip(*columns.values()))}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -358,8 +437,8 @@ class SquadSet:
     Predictions are (the best answer to each question, the odds that it has none).
     """
 
-    def __init__(self, path, name, set_name, split, tokenizer, max_len):
-        self.name, self.version, self.questions, self.examples = name, name[6:], [], []
+    def __init__(self, path, task, set_name, split, tokenizer, max_len):
+        self.name, self.version, self.questions, self.examples = set_name, task["name"][6:], [], []
         questions, context = read_squad(path, self.version), None
         for question in questions:
             if question["context"] is not context:  # the questions of a paragraph follow each other
@@ -449,7 +528,7 @@ class SquadSet:
         found = {file: json.dumps(dict(zip(index, each)), indent=1) + "\n" for file, each in found.items()}
         golds = (json.dumps([gold for gold, _ in question["golds"]]) for question in self.questions)
         rows = zip(index, (" ".join(text.split()) for text in given), golds)
-        return found | {f"{self.name}.dev.tsv": table("index prediction gold", rows)}
+        return found | {f"{self.name}.dev.tsv": table(["index", "prediction", "gold"], rows)}
 
 
 def best_spans(logits, starts):
@@ -473,31 +552,73 @@ def best_spans(logits, starts):
 # All tasks: files, scores, batches, the model
 
 
-def files_of(name, data_dir):
+def own_task(name, path, regression):
+    """The row of own data, as TASKS would have it. path: the training file, whose labels are all labels."""
+    header = next((fields for _, fields in read_fields(path)), [])
+    texts = [column for column in header if column not in ("label", *INDEX)]
+    if "label" not in header or len(texts) not in (1, 2) or len({*header} - {""}) < len(header):
+        raise InputError(f'{path} needs a column "label" and one or two others, the texts, each with its own '
+                         f'name ("index" and "id" may be there, too), but its columns are {header!r:.200}.')
+    task = {"name": name, "texts": texts, "labels": [] if regression else None, **OWN}
+    labels = {label for _, _, label in read_glue(path, task, "train")}
+    values = sorted(map(float, labels) if regression else labels)
+    if values[0] == values[-1]:
+        raise InputError(f"{path} has the label {values[0]!r} alone: there is nothing to learn.")
+    if regression:
+        return task | {"low": values[0], "high": values[-1], "metrics": ["pearson", "spearman"]}
+    return task | {"labels": values, "metrics": ["accuracy", "macro_f1"], "selects": ["accuracy"]}
+
+
+def find_task(name, args):
+    """The row of a task, with its name: of TASKS, or of own data."""
+    if name in TASKS:
+        if args.regression:
+            raise InputError(f"--regression=True is for own data: TASKS says what the labels of {name} are.")
+        return {"name": name, **TASKS[name]}
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise InputError(f"--task={name!r} has to be a plain name: letters, digits, _ . + -")
+    path = find_file(Path(args.data_dir, name), "train")
+    if not path.exists():
+        known = {key.casefold(): key for key in [*TASKS, "GLUE"]}
+        close = [known[key] for key in difflib.get_close_matches(name.casefold(), known)]
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known.values())}."
+        raise InputError(f"--task={name}: {path.parent} has no file train.tsv or train.jsonl; {hint}")
+    return own_task(name, path, args.regression)
+
+
+def find_file(folder, stem):
+    """stem.jsonl if the folder has it, else stem.tsv, which need not be there."""
+    tsv, jsonl = folder / f"{stem}.tsv", folder / f"{stem}.jsonl"
+    if tsv.exists() and jsonl.exists():
+        raise InputError(f"{folder} has both {tsv.name} and {jsonl.name}: remove one of them.")
+    return jsonl if jsonl.exists() else tsv
+
+
+def files_of(task, data_dir):
     """[(train | dev | test, name of the set, path)] of a task. Only test files may be missing."""
-    if name.startswith("SQuAD"):
+    name, folder = task["name"], Path(data_dir, task["name"])
+    if "labels" not in task:
         files = [(split, name, Path(data_dir, f"{split}-v{name[6:]}.json")) for split in ("train", "dev")]
     else:
-        files = [("train", name, Path(data_dir, name, "train.tsv"))]
-        for set_name, suffix in TASKS[name].get("sets", {name: ""}).items():
-            for split in ("dev", "test"):
-                files.append((split, set_name, Path(data_dir, name, f"{split}{suffix}.tsv")))
+        files = [("train", name, find_file(folder, "train"))]
+        for set_name, suffix in task.get("sets", {name: ""}).items():
+            files += [(split, set_name, find_file(folder, split + suffix)) for split in ("dev", "test")]
     for split, _, path in files:
         if split != "test" and not path.exists():
-            raise InputError(f"{path.parent} has no file {path.name}; README's section \"Fine-tuning\" has a "
-                             f"table that says where to get it.")
+            raise InputError(f"{path.parent} has no file {path.name}; README's section \"Fine-tuning\" says "
+                             f"which files a task needs and where to get them.")
     return files
 
 
-def read_task(name, data_dir, tokenizer, max_len):
+def read_task(task, data_dir, tokenizer, max_len):
     """({"train": {name: set}, "dev": ..., "test": ...} of a task, one checksum of all its files)"""
     sets, digest = {"train": {}, "dev": {}, "test": {}}, hashlib.sha256()
-    kind = SquadSet if name.startswith("SQuAD") else GlueSet
-    for split, set_name, path in files_of(name, data_dir):
+    kind = GlueSet if "labels" in task else SquadSet
+    for split, set_name, path in files_of(task, data_dir):
         if path.exists():
-            sets[split][set_name] = kind(path, name, set_name, split, tokenizer, max_len)
+            sets[split][set_name] = kind(path, task, set_name, split, tokenizer, max_len)
             digest.update(checksum(path).encode())
-        else:
+        elif "own" not in task:
             say(f"{path} does not exist: no predictions for the leaderboard.")
     return sets, digest.hexdigest()
 
@@ -508,9 +629,9 @@ def dev_scores(dev, predicted):
             for metric, score in a_set.scores(predicted[set_name]).items()}
 
 
-def selecting(name, scores):
+def selecting(task, scores):
     """The one number that says which state is the best."""
-    return float(np.mean([scores[metric] for metric in TASKS[name].get("selects", TASKS[name]["metrics"])]))
+    return float(np.mean([scores[metric] for metric in task.get("selects", task["metrics"])]))
 
 
 def batches(lengths, batch_size, *seeds):
@@ -539,28 +660,31 @@ def collate(examples, pad_id):
 class Model(nn.Module):
     """The main Transformer with a task's head, whose weights start at normal(0, 0.02). [Hugging Face port]
 
-    GLUE: on [CLS], dropout -> dense -> tanh -> dropout -> linear. [fairseq; the port has GELU]
+    Texts: on [CLS], dropout -> dense -> tanh -> dropout -> linear. [fairseq; the port has GELU]
     SQuAD: at each token one logit for start and one for end. [model]
     """
 
-    def __init__(self, name, config, dropout):
+    def __init__(self, task, config, dropout):
         super().__init__()
-        self.finds_spans, self.dropout = name.startswith("SQuAD"), dropout
+        self.finds_spans, self.dropout = "labels" not in task, dropout
         self.encoder = COCOLM(config).main
         self.encoder.dropout = dropout
         if not self.finds_spans:
             self.dense = nn.Linear(config.width, config.width)
-        self.out = nn.Linear(config.width, 2 if self.finds_spans else len(TASKS[name]["labels"]) or 1)
+        self.out = nn.Linear(config.width, 2 if self.finds_spans else len(task["labels"]) or 1)
         for linear in [self.out] if self.finds_spans else [self.dense, self.out]:
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, batch):
-        """tokens (B, T) -> logits (B, outputs); of SQuAD (B, T, 2), -inf where no answer is allowed"""
-        tokens = batch["tokens"]
+    def forward(self, tokens, allowed=None):
+        """tokens (B, T) -> logits (B, classes), or of scores (B, 1), the share of the range from low to high.
+
+        SQuAD: with allowed (B, T), as in SquadSet -> (B, T, 2), -inf where no answer is allowed.
+        """
         if self.finds_spans:
+            assert allowed is not None, "SQuAD: call model(tokens, allowed), both as in SquadSet's examples"
             logits = self.out(self.encoder(tokens)).float()
-            return logits.masked_fill(~batch["allowed"][..., None], -math.inf)
+            return logits.masked_fill(~allowed[..., None], -math.inf)
         x = self.encoder(tokens, rows=torch.zeros_like(tokens[:, :1]))[:, 0]  # (B, D)
         x = torch.tanh(self.dense(F.dropout(x, self.dropout, self.training)))
         return self.out(F.dropout(x, self.dropout, self.training)).float()
@@ -577,15 +701,19 @@ class Model(nn.Module):
 
 
 def load_finetuned(path, device="cpu"):
-    """(the Model in evaluation mode, its Tokenizer, the name of its task) of a best.pt or last.pt"""
-    saved = read_checkpoint(path, "task", "settings")
+    """(the Model in evaluation mode, its Tokenizer, the row of its task) of a best.pt or last.pt"""
+    saved = read_checkpoint(path)
+    if "task" not in saved:
+        raise InputError(f"{path} is not fine-tuned: give a best.pt or last.pt of finetune.py.")
+    tokenizer = Tokenizer.from_state(saved["tokenizer"], path)
     try:
         model = Model(saved["task"], Config(**saved["config"]), saved["settings"]["dropout"])
         model.load_state_dict(saved["model"])
+        tokenizer.max_len = saved["settings"]["max_len"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         error = " ".join(str(error).split())
         raise InputError(f"{path} does not fit this finetune.py: {error[:300]}.") from None
-    return model.to(device).eval(), Tokenizer.from_state(saved["tokenizer"], path), saved["task"]
+    return model.to(device).requires_grad_(False).eval(), tokenizer, saved["task"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -593,17 +721,17 @@ def load_finetuned(path, device="cpu"):
 
 
 @torch.no_grad()
-def predict(model, a_set, autocast, batch_size=EVAL_BATCH):
+def predict_set(model, a_set, autocast, batch_size=EVAL_BATCH):
     """The predictions for a set. Each process computes a part, and all get all."""
     model.eval()
     examples, found = a_set.examples, []
     order = np.argsort([len(example["tokens"]) for example in examples], kind="stable")
     for part in [order[i : i + batch_size] for i in range(0, len(order), batch_size)][RANK::WORLD]:
-        batch = collate([examples[i] for i in part], model.encoder.pad_id)
+        batch = to_device(collate([examples[i] for i in part], model.encoder.pad_id), model.out.weight.device)
         with autocast:
-            values = model(to_device(batch, model.out.weight.device)).cpu().double()
+            values = model(batch["tokens"], batch.get("allowed")).cpu().double()
         if "starts" in batch:
-            values = best_spans(values, torch.from_numpy(batch["starts"]))
+            values = best_spans(values, batch["starts"].cpu())
         found.append((part, values.numpy()))
     if WORLD > 1:
         everywhere = [None] * WORLD
@@ -624,11 +752,12 @@ def line(first, epoch, step, loss, scores, last=""):
     return f"  {first:10}{epoch:>6}{step:>15}{loss:>8}  {'  '.join(cells)}  {last}".rstrip()
 
 
-def fine_tune(name, args, start, sets, seed, device, autocast):
+def fine_tune(task, args, start, sets, seed, device, autocast):
     """One run -> (model, record for result.json, best state, state after the last step)"""
-    began, examples = time.monotonic(), sets["train"][name].examples
+    began, name = time.monotonic(), task["name"]
+    examples = sets["train"][name].examples
     torch.manual_seed(seed)
-    model = Model(name, start.config, args.dropout)
+    model = Model(task, start.config, args.dropout)
     if start.weights:
         model.encoder.load_state_dict(start.weights)
     ddp = model.to(device)
@@ -651,7 +780,7 @@ def fine_tune(name, args, start, sets, seed, device, autocast):
         seed_dropout(seed, step, RANK, 0)
         ddp.train()
         with autocast:
-            logits = ddp(batch)
+            logits = ddp(batch["tokens"], batch.get("allowed"))
         loss = model.losses(logits, batch).sum() * (len(mine) > 0) / len(indices)  # its share of the mean
         scaler.scale(loss * WORLD).backward()  # DDP takes the mean over processes
         scaler.step(optimizer)
@@ -670,9 +799,9 @@ def fine_tune(name, args, start, sets, seed, device, autocast):
         if not math.isfinite(mean):
             raise InputError(f"{name}, seed {seed}: the loss is {mean} at step {step}; choose a smaller "
                              f"--learning_rate.")
-        predicted = {set_name: predict(model, dev, autocast) for set_name, dev in sets["dev"].items()}
+        predicted = {set_name: predict_set(model, dev, autocast) for set_name, dev in sets["dev"].items()}
         last = {"step": step, "scores": dev_scores(sets["dev"], predicted), "predicted": predicted}
-        better = best is None or selecting(name, last["scores"]) > selecting(name, best["scores"])
+        better = best is None or selecting(task, last["scores"]) > selecting(task, best["scores"])
         if better or step == args.max_steps:
             last["model"] = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         best = last if better else best
@@ -721,15 +850,15 @@ def finished_runs(folder, settings):
     return runs
 
 
-def write_summary(folder, name, runs, about):
+def write_summary(folder, task, runs, about):
     """The best seed's files and results.json, whose content is returned; its metrics are medians."""
     runs = [runs[seed] for seed in sorted(runs)]
-    best = folder / f"seed{max(runs, key=lambda run: selecting(name, run['metrics']))['seed']}"
+    best = folder / f"seed{max(runs, key=lambda run: selecting(task, run['metrics']))['seed']}"
     (folder / "predictions").mkdir(exist_ok=True)
     for file in (best / "predictions").iterdir():
         write_file(folder / "predictions" / file.name, file.read_text(encoding="utf-8"))
     write_file(folder / "best.pt", read_checkpoint(best / "best.pt"))
-    results = {"task": name, "metrics": {}, "minimum": {}, "maximum": {}, "seeds": len(runs), **about}
+    results = {"task": task["name"], "metrics": {}, "minimum": {}, "maximum": {}, "seeds": len(runs), **about}
     for metric in runs[0]["metrics"]:
         values = [run["metrics"][metric] for run in runs]
         results["metrics"][metric] = float(np.median(values))
@@ -756,11 +885,15 @@ def open_start(args):
     if scratch and not source.is_file():
         start.tokenizer = Tokenizer.load(source)
     else:
+        saved = read_checkpoint(source)
+        if "task" in saved:
+            raise InputError(f"{source} is fine-tuned already: use it with --predict=FILE, or give a "
+                             f"checkpoint of train.py.")
         model, start.tokenizer = load_checkpoint(source)
         start.config = model.config
     if not scratch:
-        start.step, start.weights = read_checkpoint(source)["step"], model.main.state_dict()
-        start.identity = start.checksum = checksum(source)
+        start.step, start.weights = saved["step"], model.main.state_dict()
+        start.identity = start.checksum = checksum(weights_file(source))
         return start
     if args.preset or not start.config:
         ids = {name: getattr(start.tokenizer, name) for name in ("vocab_size", "pad_id", "mask_id")}
@@ -770,12 +903,11 @@ def open_start(args):
     return start
 
 
-def settings_of(name, args, config):
-    """The settings of one task: its row in TASKS where no constant has a value and no option was given."""
-    row = TASKS[name]
-    values = {"max_len": min(row.get("max_len", 512), config.max_len)}
+def settings_of(task, args, config):
+    """The settings of one task: its row's where no constant has a value and no option was given."""
+    values = {"max_len": min(task.get("max_len", 512), config.max_len)}
     values |= zip(("batch_size", "learning_rate", "epochs", "warmup_fraction"),
-                  row["large" if config.width >= PRESETS["large++"]["width"] else "base"])
+                  task["large" if config.width >= PRESETS["large++"]["width"] else "base"])
     args = SimpleNamespace(**values | {key: value for key, value in vars(args).items() if value is not None})
     if args.max_len > config.max_len:
         raise InputError(f"max_len={args.max_len} is more than the model's {config.max_len} positions: "
@@ -783,21 +915,27 @@ def settings_of(name, args, config):
     return args
 
 
-def run_task(name, args, start, device, autocast):
+def run_task(task, args, start, device, autocast):
     """All seeds of one task -> on process 0 the content of results.json."""
-    args, folder = settings_of(name, args, start.config), Path(args.out_dir, name)
-    sets, identity = read_task(name, args.data_dir, start.tokenizer, args.max_len)
+    name, args = task["name"], settings_of(task, args, start.config)
+    folder = Path(args.out_dir, name)
+    sets, identity = read_task(task, args.data_dir, start.tokenizer, args.max_len)
     settings = {key: getattr(args, key) for key in DECISIVE} | {"model": start.identity, "data": identity}
     train, dev = sets["train"][name], sets["dev"]
     args.max_steps = math.ceil(len(train.examples) / args.batch_size) * args.epochs
     args.warmup_steps = round(args.warmup_fraction * args.max_steps)
     baseline = dev_scores(dev, {set_name: a_set.constant(train) for set_name, a_set in dev.items()})
-    common = {"task": name, "settings": settings, "config": dataclasses.asdict(start.config),
+    common = {"task": task, "settings": settings, "config": dataclasses.asdict(start.config),
               "tokenizer": start.tokenizer.state()}
     about = {"baseline": baseline, "examples": len(train), "step": start.step, "checksum": start.checksum,
              "init_from": start.path, "settings": settings}
     longest = sum(len(example["tokens"]) == args.max_len for example in train.examples)
+    columns = ""
+    if "own" in task:
+        labels = ", ".join(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
+        columns = f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}\n"
     say(f"\n{name} from {start.path}, step {start.step:,}\n"
+        f"{columns}"
         f"  {len(train.examples):,} training sequences, {longest:,} of max_len={args.max_len} tokens\n"
         f"  {', '.join(f'{key} {settings[key]:.4g}' for key in DECISIVE[:4])}\n"
         f"  {args.device}, {args.dtype}, processes {WORLD}\n"
@@ -818,9 +956,9 @@ def run_task(name, args, start, device, autocast):
             if seed in runs:
                 say(line(f"seed {seed}", "", "finished before", "", runs[seed]["metrics"]))
                 continue
-            model, runs[seed], best, last = fine_tune(name, args, start, sets, seed, device, autocast)
+            model, runs[seed], best, last = fine_tune(task, args, start, sets, seed, device, autocast)
             model.load_state_dict(best["model"])
-            test = {set_name: predict(model, a_set, autocast) for set_name, a_set in sets["test"].items()}
+            test = {set_name: predict_set(model, a_set, autocast) for set_name, a_set in sets["test"].items()}
             if RANK == 0:
                 place = folder / f"seed{seed}"
                 (place / "predictions").mkdir(parents=True, exist_ok=True)
@@ -833,12 +971,12 @@ def run_task(name, args, start, device, autocast):
                     write_file(place / file, common | content | {"seed": seed})
                 record = runs[seed] | {"settings": settings}
                 write_file(place / "result.json", json.dumps(record, indent=1) + "\n")
-                results = write_summary(folder, name, runs, about)
-            if selecting(name, best["scores"]) <= selecting(name, baseline) + 1e-9:
+                results = write_summary(folder, task, runs, about)
+            if selecting(task, best["scores"]) <= selecting(task, baseline) + 1e-9:
                 say(f"warning: {name}, seed {seed} is not better than the baseline: it learned nothing that\n"
                     f"  shows. Try a larger --learning_rate or more --epochs; small models want both.")
         if RANK == 0:
-            results = results or write_summary(folder, name, runs, about)  # a kill may have come before it
+            results = results or write_summary(folder, task, runs, about)  # a kill may have come before it
             for key in ("metrics", "minimum", "maximum") if len(runs) > 1 else ():
                 say(line(key.replace("metrics", "median"), "", f"{len(runs)} seeds", "", results[key]))
             say(f"  {folder} has the results; the best state was chosen by its score on dev")
@@ -850,26 +988,23 @@ def average(results):
     last = {"task": "GLUE", "seeds": min(result["seeds"] for result in results),
             **{key: results[-1][key] for key in ("step", "checksum", "init_from")}}
     for key in ("metrics", "baseline"):
-        each = {result["task"]: selecting(result["task"], result[key]) for result in results}
+        each = {result["task"]: selecting(TASKS[result["task"]], result[key]) for result in results}
         last[key] = {"average": float(np.mean(list(each.values()))), **each}
     last |= {key: sum(result[key] for result in results) for key in ("examples", "seconds")}
     speed = len(results) / sum(1 / result["examples_per_second"] for result in results)
     return last | {"examples_per_second": round(speed, 2)}
 
 
-def main(argv):
-    keep_memory()
-    args = Parser(__doc__, sys.modules[__name__]).parse_args(argv)
-    device = choose_hardware(args)
-    autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
-    connect(device)
+def fine_tune_all(args, device, autocast):
+    """The task, or all of GLUE, and at the end the line of JSON."""
     start, names = open_start(args), [args.task]
     if args.task == "GLUE":
         names = [name for name in PAPERS_EIGHT if Path(args.data_dir, name).exists()] or PAPERS_EIGHT
         say(f"{len(names)} of the paper's eight tasks: {', '.join(names)}")
-    for name in names:  # a missing file is known now, not after hours of other tasks
-        files_of(name, args.data_dir)
-    results = [run_task(name, args, start, device, autocast) for name in names]
+    tasks = [find_task(name, args) for name in names]
+    for task in tasks:  # a missing file is known now, not after hours of other tasks
+        files_of(task, args.data_dir)
+    results = [run_task(task, args, start, device, autocast) for task in tasks]
     if RANK == 0:
         last = {key: value for key, value in results[-1].items() if key not in ("settings", "runs")}
         if args.task == "GLUE":
@@ -879,6 +1014,36 @@ def main(argv):
             Path(args.out_dir, "GLUE").mkdir(exist_ok=True)
             write_file(Path(args.out_dir, "GLUE", "results.json"), json.dumps(last, indent=1) + "\n")
         say(json.dumps(last))
+
+
+def predict_file(args, device, autocast):
+    """Writes FILE.predictions.tsv: FILE's columns, the predictions and the probabilities of classes."""
+    model, tokenizer, task = load_finetuned(args.init_from, device)
+    path, out = Path(args.predict), Path(f"{args.predict}.predictions.tsv")
+    if "labels" not in task:
+        raise InputError(f"--predict does not support {task['name']}: it reads rows of texts.")
+    if path.suffix.lower() not in (".tsv", ".jsonl") or not path.is_file():
+        raise InputError(f"--predict={path} has to be a .tsv with a header, or a .jsonl, that exists.")
+    a_set = GlueSet(path, task, task["name"], "new", tokenizer, tokenizer.max_len)
+    columns = a_set.columns(predict_set(model, a_set, autocast))
+    if RANK == 0:
+        header, *rows = ([field if isinstance(field, str) else json.dumps(field) for field in fields]
+                         for _, fields in read_fields(path))
+        added = zip(*columns.values())
+        write_file(out, table([*header, *columns], ([*a, *b] for a, b in zip(rows, added, strict=True))))
+        say(f"{out} has the predictions of {args.init_from} ({task['name']}) for {len(rows):,} rows.")
+
+
+def main(argv):
+    keep_memory()
+    args = Parser(__doc__, sys.modules[__name__]).parse_args(argv)
+    device = choose_hardware(args)
+    autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+    connect(device)
+    if args.predict:
+        predict_file(args, device, autocast)
+    else:
+        fine_tune_all(args, device, autocast)
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -647,7 +647,7 @@ def main(argv):
     ddp = model
     if WORLD > 1:
         ddp = DistributedDataParallel(model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None,
-                                      gradient_as_bucket_view=True, forward_sync_buffers=False)
+                                      gradient_as_bucket_view=True)
     # Two unused passes. After the first one DDP sorts its buckets, and with them the order of sums: a resumed
     # run then adds in the order of an undisturbed one. The second one tells how long the run will take.
     example = to_device(train.batch(0, range(args.micro_batch_size), args.batch_size), device)

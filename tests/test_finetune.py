@@ -123,9 +123,14 @@ def write_squad(folder, version, count=32, dev_is_train=False):
         (folder / f"{split}-v{version}.json").write_text(json.dumps(content))
 
 
+def row_of(name):
+    return {"name": name, **finetune.TASKS[name]}
+
+
 def squad_set(tmp_path, tokenizer, max_len, paragraphs, split="dev", version="2.0"):
     (tmp_path / "x.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
-    return finetune.SquadSet(tmp_path / "x.json", f"SQuAD-{version}", "x", split, tokenizer, max_len)
+    return finetune.SquadSet(tmp_path / "x.json", row_of(f"SQuAD-{version}"), f"SQuAD-{version}", split,
+                             tokenizer, max_len)
 
 
 def results(tmp_path, name, out="out"):
@@ -160,6 +165,12 @@ def test_metrics_against_obvious_versions():
         rank = [[sum(a > b for b in v) + sum(a == b for b in v) / 2 for a in v] for v in (x, y)]
         assert finetune.METRICS["pearson"](x, y) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9)
         assert finetune.METRICS["spearman"](x, y) == pytest.approx(np.corrcoef(*rank)[0, 1], abs=1e-9)
+        gold, predicted = draw.integers(0, 7, (2, 12))  # some classes are on one side alone
+        each, pairs = [], list(zip(gold.tolist(), predicted.tolist()))
+        for k in {label for pair in pairs for label in pair}:
+            wrong = sum((a == k) != (b == k) for a, b in pairs)
+            each.append(2 * pairs.count((k, k)) / (2 * pairs.count((k, k)) + wrong))
+        assert finetune.METRICS["macro_f1"](gold, predicted) == pytest.approx(np.mean(each), abs=1e-9)
     zeros, ones, both = np.array([[0, 0], [1, 1], [0, 1]])
     assert finetune.METRICS["f1"](zeros, zeros) == finetune.METRICS["f1"](ones, zeros) == 0.0
     for metric in ("matthews", "pearson", "spearman"):  # a constant correlates with nothing
@@ -191,7 +202,7 @@ def test_best_threshold_is_that_of_trying_all():
 def test_quirks_of_the_official_files(tmp_path, capsys):
     def read(name, text):
         (tmp_path / "x.tsv").write_bytes(text.encode())
-        return finetune.read_glue(tmp_path / "x.tsv", name, True)
+        return finetune.read_glue(tmp_path / "x.tsv", row_of(name), "train")
 
     # neither quotation marks nor other line separators mean anything
     rows = read("CoLA", 'gj04\t1\t\t"What, he said.\ngj04\t0\t*\tA\u2028b \x85c"\n\n')
@@ -330,11 +341,13 @@ def test_decoding_equals_the_official_script(tokenizer, tmp_path, monkeypatch):
 def test_submission_files_are_byte_exact(tokenizer, tmp_path):
     def files(name, split, text, predicted):
         (tmp_path / "x.tsv").write_text(text)
-        a_set = finetune.GlueSet(tmp_path / "x.tsv", name, name, split, tokenizer, 64)
-        return a_set.files(np.array(predicted))
+        a_set = finetune.GlueSet(tmp_path / "x.tsv", row_of(name), name, split, tokenizer, 64)
+        return a_set.files((np.array(predicted), np.full(len(predicted), 0.75)))
 
     assert files("RTE", "test", "index\tsentence1\tsentence2\n4\ta\tb\n7\tc\td\n", [0, 1]) == {
         "RTE.tsv": "index\tprediction\n4\tentailment\n7\tnot_entailment\n"}
+    assert files("RTE", "dev", "sentence1\tsentence2\tlabel\na\tb\tentailment\n", [1]) == {
+        "RTE.dev.tsv": "index\tprediction\tprobability\tgold\n0\tnot_entailment\t0.750000\tentailment\n"}
     text = "sentence1\tsentence2\n" + "a\tb\n" * 4
     assert files("STS-B", "test", text, [-0.2, 5.3, 2.00049, 3.1415926]) == {
         "STS-B.tsv": "index\tprediction\n0\t0.000\n1\t5.000\n2\t2.000\n3\t3.142\n"}
@@ -352,7 +365,7 @@ def test_submission_files_are_byte_exact(tokenizer, tmp_path):
 @pytest.mark.parametrize("name", list(HEADERS))
 def test_each_glue_task_on_an_extract(name, options, tmp_path, capsys):
     write_glue(tmp_path / "data", name)
-    rows = finetune.read_glue(tmp_path / "data" / name / "train.tsv", name, True)
+    rows = finetune.read_glue(tmp_path / "data" / name / "train.tsv", row_of(name), "train")
     assert [(texts, label) for _, texts, label in rows] == glue_rows(name, 40, "train")
     finetune.main([*options, f"--task={name}"])
     line, kept = json.loads(capsys.readouterr().out.splitlines()[-1]), results(tmp_path, name)
@@ -372,7 +385,7 @@ def test_each_glue_task_on_an_extract(name, options, tmp_path, capsys):
         # anyone can recompute the scores from the dev files
         rows = table(folder / f"predictions/{n}.dev.tsv")
         number = row["labels"].index if row["labels"] else float
-        predicted, gold = (np.array([number(r[i]) for r in rows[1:]]) for i in (1, 2))
+        predicted, gold = (np.array([number(r[i]) for r in rows[1:]]) for i in (1, -1))
         for metric in row["metrics"]:
             value = line["metrics"][metric + "_mismatched" * (n == "MNLI-mm")]
             assert value == pytest.approx(finetune.METRICS[metric](gold, predicted), abs=1e-12)
@@ -409,14 +422,14 @@ def test_squad_on_an_extract(version, dtype, options, tmp_path, capsys):
 def test_the_same_predictions_whatever_the_batch_and_the_padding(name, checkpoint, tokenizer, tmp_path):
     write_glue(tmp_path, "RTE", 20)
     a_set = (squad_set(tmp_path, tokenizer, 48, paragraphs_of(12, 0, "1.1", 40)) if name == "SQuAD-1.1" else
-             finetune.GlueSet(tmp_path / "RTE/train.tsv", "RTE", "RTE", "train", tokenizer, 64))
+             finetune.GlueSet(tmp_path / "RTE/train.tsv", row_of("RTE"), "RTE", "train", tokenizer, 64))
     a_set.decode = lambda outputs: outputs
     torch.manual_seed(0)
-    model = finetune.Model(name, train.load_checkpoint(checkpoint)[0].config, 0.1)
-    expected = finetune.predict(model, a_set, torch.autocast("cpu", enabled=False), 1)  # without padding
+    model = finetune.Model(row_of(name), train.load_checkpoint(checkpoint)[0].config, 0.1)
+    expected = finetune.predict_set(model, a_set, torch.autocast("cpu", enabled=False), 1)  # without padding
     assert len(expected) == len(a_set.examples)
     for batch_size in (3, 7, 64):
-        found = finetune.predict(model, a_set, torch.autocast("cpu", enabled=False), batch_size)
+        found = finetune.predict_set(model, a_set, torch.autocast("cpu", enabled=False), batch_size)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -445,7 +458,7 @@ def test_32_examples_are_overfitted(name, epochs, rate, options, tmp_path):
     kept = results(tmp_path, name)
     assert min(kept["metrics"].values()) > (95 if name.startswith("SQuAD") else 0.95), kept["metrics"]
     model, _, task = finetune.load_finetuned(tmp_path / "out" / name / "best.pt")
-    assert task == name and not model.training
+    assert task == row_of(name) and not model.training
 
 
 def test_the_best_state_predicts_the_test_set(options, tmp_path, monkeypatch):
@@ -453,8 +466,9 @@ def test_the_best_state_predicts_the_test_set(options, tmp_path, monkeypatch):
     write_glue(tmp_path / "data", "STS-B")
     finetune.main([*options, "--task=STS-B", "--learning_rate=5e-3", "--epochs=2"])
     model, tokenizer, _ = finetune.load_finetuned(tmp_path / "out/STS-B/best.pt")
-    test = finetune.GlueSet(tmp_path / "data/STS-B/test.tsv", "STS-B", "STS-B", "test", tokenizer, 64)
-    predicted = finetune.predict(model, test, torch.autocast("cpu", enabled=False))
+    row = row_of("STS-B")
+    test = finetune.GlueSet(tmp_path / "data/STS-B/test.tsv", row, "STS-B", "test", tokenizer, 64)
+    predicted = finetune.predict_set(model, test, torch.autocast("cpu", enabled=False))
     assert test.files(predicted) == {"STS-B.tsv": (tmp_path / "out/STS-B/predictions/STS-B.tsv").read_text()}
     last = torch.load(tmp_path / "out/STS-B/seed0/last.pt", weights_only=True)
     assert not torch.equal(last["model"]["out.weight"], model.out.weight)
@@ -469,9 +483,9 @@ def test_without_learning_the_weights_are_the_checkpoints(options, checkpoint, t
     weights = torch.load(checkpoint, weights_only=True)["model"]
     for name, value in model.encoder.state_dict().items():
         assert torch.equal(value, weights[f"main.{name}"])
-    batch = {"tokens": torch.arange(4, 12)[None]}
-    assert torch.equal(model(batch), model(batch)) and model.encoder.dropout == 0.1
-    assert not torch.equal(model.train()(batch), model(batch))
+    tokens = torch.arange(4, 12)[None]
+    assert torch.equal(model(tokens), model(tokens)) and model.encoder.dropout == 0.1
+    assert not torch.equal(model.train()(tokens), model(tokens))
 
 
 @pytest.mark.parametrize("extra, width, max_len", [([], 32, 64), (["--preset=small"], 256, 512)])
@@ -487,7 +501,7 @@ def test_scratch_has_the_shape_that_was_asked_for(extra, width, max_len, options
 def test_settings_are_the_authors_unless_a_constant_or_the_command_line_says_otherwise(monkeypatch):
     def settings(name, preset, *argv):
         args = data.Parser("", finetune).parse_args(argv)
-        args = finetune.settings_of(name, args, finetune.Config.from_preset(preset, vocab_size=100))
+        args = finetune.settings_of(row_of(name), args, finetune.Config.from_preset(preset, vocab_size=100))
         assert (args.dropout, args.weight_decay) == (0.1, 0.01)
         assert (args.beta1, args.beta2, args.epsilon) == (0.9, 0.98, 1e-6)
         return args.batch_size, args.learning_rate, args.epochs, args.warmup_fraction, args.max_len
@@ -505,7 +519,167 @@ def test_the_metrics_that_select_the_best_state():
     scores = {"accuracy": 1, "f1": 2, "accuracy_mismatched": 4, "best_f1": 8, "exact_match": 16,
               "best_exact_match": 32, "pearson": 64, "spearman": 128, "matthews": 256}
     expected = {"MRPC": 1, "QQP": 1, "MNLI": 1, "STS-B": 96, "SQuAD-1.1": 2, "SQuAD-2.0": 8}
-    assert {name: finetune.selecting(name, scores) for name in expected} == expected
+    assert {name: finetune.selecting(row_of(name), scores) for name in expected} == expected
+
+
+# --- own data
+
+
+def write_own(path, rows):
+    """Dicts as a .jsonl, or as a .tsv with all that an editor may leave in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in rows]
+    if path.suffix == ".tsv":
+        lines = ["\t".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines[:2], "", *lines[2:], ""]).encode())
+
+
+@pytest.mark.parametrize("name, ending", [("SST-2", "tsv"), ("RTE", "jsonl"), ("STS-B", "jsonl")])
+def test_own_data_give_what_the_same_data_give_as_a_glue_task(name, ending, options, tmp_path, capsys):
+    write_glue(tmp_path / "data", name)
+    row, names = finetune.TASKS[name], ("first text", "b")[: len(finetune.TASKS[name]["texts"])]
+    for split in ("train", "dev", "test"):
+        rows = [{"label": label if row["labels"] else float(label), **dict(zip(names, texts)), "more": i}
+                for i, (texts, label) in enumerate(glue_rows(name, 40, split))]
+        left_out = {"train": ["more"], "dev": [], "test": ["label"]}[split]
+        rows = [{key: value for key, value in r.items() if key not in left_out} for r in rows]
+        write_own(tmp_path / f"data/mine/{split}.{ending}", rows[::-1] if split == "test" else rows)
+    options += ["--epochs=2", "--batch_size=8", "--learning_rate=2e-3", "--warmup_fraction=0.1"]
+    finetune.main([*options, f"--task={name}"])
+    finetune.main([*options, "--task=mine", f"--regression={not row['labels']}"])
+    assert f"texts: {', '.join(names)}; labels: " in capsys.readouterr().out
+    glue, own = results(tmp_path, name), results(tmp_path, "mine")
+    for metric in row["metrics"]:
+        assert own["metrics"][metric] == pytest.approx(glue["metrics"][metric], abs=1e-6)
+    assert set(own["metrics"]) == {*row["metrics"], *["macro_f1"] * bool(row["labels"])}
+    dev, own_dev, test, own_test = (table(tmp_path / f"out/{task}/predictions/{task}{end}.tsv")
+                                    for end in (".dev", "") for task in (name, "mine"))
+    added = ["probability"] if row["labels"] else []
+    assert own_dev[0] == ["index", "prediction", *added, "gold"] == dev[0]
+    assert own_test[0] == ["index", "prediction", *added]
+    assert [r[0] for r in own_test[1:]] == [str(i) for i in range(40)]  # there is no column index
+    if row["labels"]:
+        assert own_dev == dev and [r[1] for r in own_test[:0:-1]] == [r[1] for r in test[1:]]
+    else:
+        for a, b in zip(own_dev[1:] + own_test[:0:-1], dev[1:] + test[1:], strict=True):
+            assert float(a[1]) == pytest.approx(float(b[1]), abs=1e-3)
+    if name == "SST-2":  # its labels are numbers, too
+        with pytest.raises(data.InputError, match="other settings .regression was False and is True"):
+            finetune.main([*options, "--task=mine", "--regression=True"])
+
+    # what README shows
+    model, tokenizer, task = finetune.load_finetuned(tmp_path / "out/mine/best.pt")
+    pairs = list(zip(*[texts for texts, _ in glue_rows(name, 40, "dev")]))
+    logits = model(tokenizer.batch(*pairs))
+    assert tokenizer.max_len == 64 and not model.training and not logits.requires_grad
+    if row["labels"]:
+        probabilities = logits.softmax(-1)
+        assert [task["labels"][p.argmax()] for p in probabilities] == [r[1] for r in dev[1:]]
+        found = [float(r[2]) for r in dev[1:]]
+        assert probabilities.max(1).values.tolist() == pytest.approx(found, abs=1e-4)
+    else:
+        assert (task["low"], task["high"]) == (0, 5)
+        assert (5 * logits[:, 0]).tolist() == pytest.approx([float(r[1]) for r in dev[1:]], abs=1e-4)
+
+
+def test_own_scores_may_leave_the_range_of_train(options, tmp_path):
+    rows = [{"label": label, "text": "good river"} for label in (-7, "1e1", 2.5)]
+    write_own(tmp_path / "data/mine/train.jsonl", rows)
+    write_own(tmp_path / "data/mine/dev.tsv", [{"text": "river", "label": -50}, {"text": "a", "label": 1e3}])
+    finetune.main([*options, "--task=mine", "--regression=True"])
+    _, tokenizer, task = finetune.load_finetuned(tmp_path / "out/mine/best.pt")
+    assert (task["low"], task["high"], task["labels"]) == (-7, 10, [])
+    trained, dev = (finetune.GlueSet(tmp_path / f"data/mine/{file}", task, "mine", split, tokenizer, 64)
+                    for split, file in (("train", "train.jsonl"), ("dev", "dev.tsv")))
+    assert [example["label"] for example in trained.examples] == pytest.approx([0, 1, 9.5 / 17])
+    assert dev.gold.tolist() == [-50, 1000]
+    assert dev.decode(np.array([[-1.0], [0.5], [2.0]]))[0].tolist() == [-24, 1.5, 27]
+
+
+def test_predict_keeps_the_file_and_adds_what_the_model_says(options, tmp_path, capsys):
+    write_glue(tmp_path / "data", "MRPC")
+    finetune.main([*options, "--task=MRPC", "--learning_rate=2e-3"])
+    rows = [{"n": 0.10, "#2 String": "good\triver", "meta": {"a": [1.5, None]}, "#1 String": "a\n\ud83d "},
+            {"#1 String": "", "#2 String": "é", "meta": True, "n": 3}]
+    (tmp_path / "new.jsonl").write_text("\n\n".join(map(json.dumps, rows)).replace("0.1", "0.10"))
+    finetune.main([*options, f"--predict={tmp_path}/new.jsonl", f"--init_from={tmp_path}/out/MRPC/best.pt"])
+    out = tmp_path / "new.jsonl.predictions.tsv"
+    assert str(out) in capsys.readouterr().out.splitlines()[-1]
+    model, tokenizer, task = finetune.load_finetuned(tmp_path / "out/MRPC/best.pt")
+    chances, labels = model(tokenizer.batch(["a\n\ud83d", ""], ["good\triver", "é"])).softmax(-1).max(1)
+    kept = [["0.10", "good river", '{"a": [1.5, null]}', "a ? "], ["3", "é", "true", ""]]
+    assert [r[:5] for r in table(out)] == [["n", "#2 String", "meta", "#1 String", "prediction"], *(
+        [*r, task["labels"][label]] for r, label in zip(kept, labels))]
+    assert [float(r[5]) for r in table(out)[1:]] == pytest.approx(chances.tolist(), abs=1e-5)
+
+    write_own(tmp_path / "x.tsv", [{"#1 String": "a ", "#2 String": '"b', "Quality": 7}])
+    finetune.main([*options, f"--predict={tmp_path}/x.tsv", f"--init_from={tmp_path}/out/MRPC/seed0/last.pt"])
+    assert table(tmp_path / "x.tsv.predictions.tsv")[1][:3] == ["a ", '"b', "7"]
+
+
+@pytest.mark.parametrize("arguments, file, content, message", [
+    ("", "train.tsv", "text\tlabel\na\tx\nb\n", "train.tsv, line 3 has 1 fields, not 2"),
+    ("", "train.tsv", "text\tlabel\na\tx\nb\ty\tz\n", "train.tsv, line 3 has 3 fields, not 2"),
+    ("", "train.tsv", "text\tlabel\na\tx\nb\t \n", "train.tsv, line 3: .* not ''"),
+    ("", "train.tsv", "text\tlabel\na\tx\nb\tx\n", "train.tsv has the label 'x' alone"),
+    ("", "train.tsv", "text\tlabel\n", "train.tsv has no rows"), ("", "train.tsv", "", r"train.tsv .* \[\]"),
+    ("", "train.tsv", "text\tLabel\na\tx\n", "train.tsv needs a column \"label\" .*'Label'"),
+    ("", "train.tsv", "id\tlabel\na\tx\n", "train.tsv needs"),
+    ("", "train.tsv", "a\ta\tlabel\nb\tb\tx\n", "train.tsv needs .* own name"),
+    ("", "train.tsv", "a\tb\tc\tlabel\nb\tb\tb\tx\n", "train.tsv needs .* one or two"),
+    ("", "dev.tsv", "text\tlabel\na\tx\nb\tz\n", "dev.tsv, line 3: .* one of x, y, not 'z'"),
+    ("", "dev.tsv", "texts\tlabel\na\tx\n", "dev.tsv has no column \"text\".*'texts'"),
+    ("", "test.tsv", "text\tn\na\n", "test.tsv, line 2 has 1 fields"),
+    ("", "dev.tsv", None, "data/mine has no file dev.tsv"),
+    ("", "train.tsv", None, "data/mine has no file train.tsv or train.jsonl; .* CoLA, .*GLUE"),
+    ("", "train.jsonl", "{}", "both train.tsv and train.jsonl"),
+    ("", "test.jsonl", "[1]", "test.jsonl, line 1 .* JSON object"),
+    ("", "test.jsonl", '{"text": "a"}\n{"a": "b"}', "test.jsonl, line 2 .* JSON object .*'text'"),
+    ("", "test.jsonl", '\n{"text": null}', 'test.jsonl, line 2: "text" .* not None'),
+    ("", "test.jsonl", '{"text": "a"}\n{"text": "a", "b": 1}', "test.jsonl, line 2 has 2 fields, not 1"),
+    ("--regression=True", "", "", "train.tsv, line 2: .* a number, not 'x'"),
+    ("--regression=True", "train.tsv", "text\tlabel\na\t1\nb\tnan\n", "line 3: .* not 'nan'"),
+    ("--regression=True", "train.tsv", "text\tlabel\na\t1\nb\t-inf\n", "line 3: .* not '-inf'"),
+    ("--regression=True", "train.tsv", "text\tlabel\na\t1\nb\t1.0\n", "label 1.0 alone"),
+    ("--task=cola", "", "", "data/cola .* did you mean CoLA"), ("--task=STSB", "", "", "did you mean STS-B"),
+    ("--task=SQuAD-2", "", "", "did you mean SQuAD-2.0"), ("--task=a/b", "", "", "'a/b' .* plain name"),
+    ("--task=CoLA --regression=True", "", "", "regression=True is for own data"),
+    ("--predict=x.txt", "", "", "ckpt.pt is not fine-tuned"),
+])
+def test_own_data_that_cannot_be_used(options, tmp_path, arguments, file, content, message):
+    for split in ("train", "dev"):
+        write_own(tmp_path / f"data/mine/{split}.tsv", [{"text": c, "label": c} for c in "xy"])
+    if content is None:
+        (tmp_path / "data/mine" / file).unlink()
+    elif file:
+        (tmp_path / "data/mine" / file).write_text(content)
+    with pytest.raises(data.InputError, match=message) as error:
+        finetune.main([*options, "--task=mine", *arguments.split()])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_fine_tuned_model_predicts_files_of_its_own_columns_alone(options, tmp_path):
+    write_glue(tmp_path / "data", "CoLA", 8)
+    write_squad(tmp_path / "data", "1.1", 4)
+    for name in ("CoLA", "SQuAD-1.1"):
+        finetune.main([*options, f"--task={name}"])
+    cola, squad = (f"--init_from={tmp_path}/out/{name}/best.pt" for name in ("CoLA", "SQuAD-1.1"))
+    new = tmp_path / "new.tsv"
+    for start_from, text, message in (
+            (squad, "sentence\na\n", "does not support SQuAD-1.1"), (cola, None, "new.tsv"),
+            (cola, "gj04\t1\t\tno header\n", "no column \"sentence\""), (cola, "sentence\n", "no rows"),
+            (cola, "n\tsentence\n1\ta\n2\ta\tb\n", "line 3 has 3 fields")):
+        if text:
+            new.write_text(text)
+        with pytest.raises(data.InputError, match=message):
+            finetune.main([*options, f"--predict={new}", start_from])
+        new.unlink(missing_ok=True)
+    assert not list(tmp_path.glob("*.predictions*"))
+    with pytest.raises(data.InputError, match="fine-tuned already.*--predict"):
+        finetune.main([*options, "--task=CoLA", cola])
+    model, tokenizer, _ = finetune.load_finetuned(tmp_path / "out/SQuAD-1.1/best.pt")
+    with pytest.raises(AssertionError, match="allowed"):
+        model(tokenizer.batch(["a text"]))
 
 
 # --- seeds, folders, processes
@@ -642,11 +816,12 @@ def test_bad_input_is_one_sentence(options, tmp_path, arguments, file, content, 
 @pytest.mark.parametrize("change", [
     lambda c: c.pop("tokenizer"), lambda c: c["config"].update(colour="red"), lambda c: c["model"].popitem()])
 def test_checkpoints_that_cannot_be_used(options, checkpoint, tmp_path, change):
-    content = torch.load(checkpoint, weights_only=True) | {"task": "CoLA", "settings": {"dropout": 0}}
+    content = torch.load(checkpoint, weights_only=True)
     change(content)
     torch.save(content, tmp_path / "bad.pt")
     with pytest.raises(data.InputError, match="bad.pt"):
         finetune.main([*options, f"--init_from={tmp_path}/bad.pt"])
+    torch.save(content | {"task": row_of("CoLA"), "settings": {"dropout": 0}}, tmp_path / "bad.pt")
     with pytest.raises(data.InputError, match="bad.pt"):
         finetune.load_finetuned(tmp_path / "bad.pt")
 
