@@ -1,0 +1,47 @@
+"""README.md: its Python snippets run as they stand, each on its own, beside a checkpoint of a few steps."""
+
+import os
+import re
+
+import pytest
+
+import finetune
+import train
+from runs import ROOT, make_corpus
+
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which a user has pretrained and fine-tuned."""
+    folder, before = tmp_path_factory.mktemp("user"), os.getcwd()
+    os.chdir(folder)
+    make_corpus(folder, name="toy")
+    train.main("--dataset=toy --data_dir=. --layers=1 --width=32 --heads=2 --ffn_width=64 --max_steps=3 "
+               "--warmup_steps=1 --batch_size=4 --eval_interval=1 --eval_batches=1 --dtype=float32".split())
+    (folder / "reviews").mkdir()
+    for split in ("train", "dev"):
+        rows = "".join(f"{'good' if i % 2 else 'bad'}\tfilm number {i}\n" for i in range(8))
+        (folder / f"reviews/{split}.tsv").write_text("label\ttext\n" + rows)
+    finetune.main("--task=reviews --data_dir=. --epochs=1 --dtype=float32".split())
+    yield folder
+    os.chdir(before)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1].strip())
+def test_a_snippet_of_readme(snippet, folder, capsys, monkeypatch):
+    if "pandas" in snippet:
+        pytest.importorskip("pandas")
+        pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(snippet, names)
+    if "vectors" in names:
+        assert names["vectors"].shape == (2, 32) and names["vectors"].norm(dim=1).tolist() == pytest.approx([1, 1])
+    if "print" in snippet:
+        assert len(capsys.readouterr().out.splitlines()) in (2, 4)  # a line for each text
+
+
+def test_readme_has_snippets_of_every_kind():
+    assert len(SNIPPETS) == 4
