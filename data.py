@@ -437,7 +437,7 @@ class Tokenizer:
 
     def encode_pair(self, a, b=None, max_len=None):
         """[CLS] A [SEP] [SEP] B [SEP], or [CLS] A [SEP]; if too long, the longer one is cut first. [model]"""
-        max_len = max_len or self.max_len
+        max_len = self.max_len if max_len is None else max_len
         if max_len < (2 if b is None else 4):
             raise InputError(f"max_len={max_len} has no room for the special tokens.")
         a = self.encode(a)
@@ -454,7 +454,8 @@ class Tokenizer:
         load_checkpoint sets to the model's positions.
         """
         import torch  # here, since the workers that prepare a corpus do not need it
-        assert texts and not isinstance(texts, str), "texts has to be a list of at least one text"
+        assert not isinstance(texts, str) and not isinstance(pairs, str), "give lists of texts"
+        texts = list(texts)
         pairs = [None] * len(texts) if pairs is None else pairs
         rows = [torch.tensor(self.encode_pair(a, b, max_len)) for a, b in zip(texts, pairs, strict=True)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
@@ -507,6 +508,8 @@ class Tokenizer:
     def load(path):
         """The tokenizer of a prepared corpus, of a released model (folders) or of a checkpoint (a file)."""
         path = Path(path)
+        if path.is_file() and (path.parent / "dict.txt").exists():
+            path = path.parent
         if path.is_file():
             checkpoint = read_torch(path)
             state = checkpoint.get("tokenizer") if isinstance(checkpoint, dict) else None
@@ -531,10 +534,10 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------------------------
 # The tokenizer of the authors' released models
 
-PUNCTUATION = regex.compile(r"[!-/:-@\[-`{-~\p{P}]")
-WORD = regex.compile(rf"({PUNCTUATION.pattern}*)(.*?)({PUNCTUATION.pattern}*)")  # marks, the rest, marks
+PUNCTUATION = regex.compile(r"[!-/:-@\[-`{-~\p{P}]*")
 CLITIC = re.compile(r"(?<=') (?=(?:[smdtSMDT]|ll|LL|re|RE|ve|VE)\b)")
 PLAIN = {"``": '"', "''": '"', "“": '"', "”": '"', "‘": "'", "’": "'", "´": "'", "–": "-", "—": "-"}
+UNKNOWN = 3
 NAMES = {"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]", "<mask>": "[MASK]"}
 
 
@@ -547,9 +550,10 @@ def clean(text):
     found = [(PLAIN.get(m[0], m[0]), *m.span()) for m in re.finditer(r"(?s)``|''|.", text)]
     plain, kept = "".join(character for character, _, _ in found), []
     for word in re.finditer(r"\S+", plain):
-        for start, end in WORD.fullmatch(word[0]).regs[1:]:
-            if start < end:
-                part = found[word.start() + start : word.start() + end]
+        front = PUNCTUATION.match(word[0]).end()
+        back = max(front, len(word[0]) - PUNCTUATION.match(word[0][::-1]).end())
+        for start, end in ((0, front), (front, back), (back, len(word[0]))):
+            if part := found[word.start() + start : word.start() + end]:
                 space = [(" ", kept[-1][2], part[0][1])] if kept else []
                 kept += space + part
     joined = "".join(character for character, _, _ in kept)
@@ -605,7 +609,7 @@ class ReleasedTokenizer(Tokenizer):
     @functools.cached_property
     def processor(self):
         for file, content in (("sp.model", self.model), ("dict.txt", self.dictionary)):
-            if content is None:
+            if not content:
                 raise InputError(f"{self.path} has no {file}, which its tokenizer needs: put it there.")
         try:
             import sentencepiece
@@ -628,9 +632,10 @@ class ReleasedTokenizer(Tokenizer):
             pieces, places = [p.piece for p in found], [(p.begin, p.end) for p in found]
         ids, spans, starts = [], [], [*starts, len(text)]
         for piece, following, (begin, end) in zip(pieces, [*pieces[1:], "."], places):
-            if piece == "▁" and PUNCTUATION.match(following):
+            if piece == "▁" and PUNCTUATION.match(following)[0]:
                 continue  # a space alone before punctuation or at the end
-            ids.append(self.numbers.get(NAMES.get(piece, piece), self.numbers["[UNK]"]))
+            number = self.numbers.get(piece, UNKNOWN)  # what spells [MASK] is unknown, too
+            ids.append(UNKNOWN if number in self.special_ids.values() else number)
             spans.append((starts[begin], ends[end - 1] if end > begin else starts[begin]))
         return ids, np.array(spans, np.int64).reshape(-1, 2)
 

@@ -503,16 +503,14 @@ class COCOLM(nn.Module):
         tokens (B, T), padded -> (B, D), float32. Sorted by length, so that a batch has little padding. Of
         [CLS], the SCL head and this mean, the mean was closest to human scores of similarity. [ours]
         """
-        was_training = self.training
-        self.eval()
-        lengths = (tokens != self.config.pad_id).sum(1)
+        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)  # (T,)
+        lengths = ((tokens != self.config.pad_id) * place).amax(1)  # (B,)
         vectors = torch.empty(len(tokens), self.config.width)
         for rows in lengths.argsort().split(batch_size):
             part = tokens[rows, : lengths[rows].max()].to(self.main.embeddings.tokens.weight.device)
-            real = (part != self.config.pad_id)[..., None]  # (rows, T, 1)
-            hidden = self.main(part).float()  # (rows, T, D)
-            vectors[rows] = F.normalize((hidden * real).sum(1) / real.sum(1), dim=-1).to(vectors.device)
-        self.train(was_training)
+            hidden = self.main(part, dropout=0.0).float()  # (rows, T, D)
+            counted = (part != self.config.pad_id)[..., None]  # (rows, T, 1)
+            vectors[rows] = F.normalize((hidden * counted).sum(1), dim=-1).to(vectors.device)
         return vectors
 
     def corrupt(self, batch, padding, losses, statistics):

@@ -340,7 +340,7 @@ def load_checkpoint(path, device="cpu"):
             copy_weights(model, checkpoint, path)
         else:
             model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}.") from None
     tokenizer.max_len = model.config.max_len
     return model.to(device).eval(), tokenizer
@@ -393,7 +393,7 @@ def copy_weights(model, checkpoint, path, part=""):
     say(f"weights from {path}: {len(found)} tensors")
     for what, names in (
         ("start anew", [group + " (in part)" * any(n.startswith(group) for n in found) for group in groups]),
-        ("its own there, the main Transformer's here", checkpoint.get("differ")),
+        ("its own there, the main Transformer's here", shared and checkpoint.get("differ")),
         ("not used", [name for name in theirs if name.startswith(part) and name not in found
                       and not name.startswith(shared)]),
     ):

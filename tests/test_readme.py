@@ -38,7 +38,8 @@ def test_a_snippet_of_readme(snippet, folder, capsys, monkeypatch):
     names = {}
     exec(snippet, names)
     if "vectors" in names:
-        assert names["vectors"].shape == (2, 32) and names["vectors"].norm(dim=1).tolist() == pytest.approx([1, 1])
+        assert names["vectors"].shape == (2, 32)
+        assert names["vectors"].norm(dim=1).tolist() == pytest.approx([1, 1])
     if "print" in snippet:
         assert len(capsys.readouterr().out.splitlines()) in (2, 4)  # a line for each text
 

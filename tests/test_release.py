@@ -1,0 +1,490 @@
+"""The authors' released weights and their tokenizer, Tokenizer.batch and COCOLM.embed; all in float32.
+
+Releases are written here: the fixtures, whose outputs the authors' own code computed, and random ones.
+"""
+
+import io
+import json
+import random
+import re
+import shutil
+import signal
+import sys
+import unicodedata
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+
+import data
+import finetune
+import model as coco
+import train
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SIZES = [  # in our Config, in the args of their fairseq code, in config.json of their Hugging Face port
+    ("relative_bins", "rel_pos_bins", "rel_pos_bins"), ("max_distance", "max_rel_pos", "max_rel_pos"),
+    ("layers", "encoder_layers", "num_hidden_layers"), ("width", "encoder_embed_dim", "hidden_size"),
+    ("ffn_width", "encoder_ffn_embed_dim", "intermediate_size"),
+    ("heads", "encoder_attention_heads", "num_attention_heads"),
+    ("max_len", "max_positions", "max_position_embeddings"),
+    ("auxiliary_layers", "generator_layers", "generator_layers"),
+]
+FIXTURE = coco.Config(vocab_size=48, pad_id=1, mask_id=47, max_len=32, layers=2, width=16, heads=2,
+                      ffn_width=40, auxiliary_layers=1, relative_bins=8, max_distance=12)
+OTHER = dict(pad_id=1, max_len=24, layers=11, width=24, heads=3, ffn_width=36, auxiliary_layers=3,
+             relative_bins=12, max_distance=10)
+KINDS = "fairseq", "huggingface"
+EACH_KIND = pytest.mark.parametrize("kind", KINDS)
+
+# ------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def official(kind):
+    """A fixture: weights, inputs and outputs"""
+    groups = {"param": {}, "in": {}, "out": {}}
+    for key, array in np.load(FIXTURES / f"{kind}_tiny.npz").items():
+        group, name = key.split("/")
+        groups[group][name] = torch.from_numpy(array)
+    return groups.values()
+
+
+def write_release(folder, kind, weights, config=FIXTURE, format="zip", wrap="args", **changes):
+    """Writes the files of a release, but for the tokenizer's. changes: of the sizes that they state"""
+    settings = {row[1 + KINDS.index(kind)]: getattr(config, row[0]) for row in SIZES} | changes
+    file, content = "pytorch_model.bin", weights
+    if kind == "huggingface":
+        (folder / "config.json").write_text(json.dumps(settings))
+    else:
+        file, content = "model.pt", {"args": None, "model": weights, wrap: Namespace(**settings)}
+    if format == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(weights, folder / "model.safetensors")
+    else:
+        torch.save(content, folder / file, _use_new_zipfile_serialization=format == "zip")
+
+
+def random_release(folder, kind, config):
+    """Writes a release with random weights -> the weights, by our names
+
+    Which of the fixture's tensors is which of ours is seen when it is loaded; parity shows that it is right.
+    """
+    weights, *_ = official(kind)
+    write_release(folder, kind, weights)
+    loaded = dict(train.load_checkpoint(folder)[0].named_parameters())
+    pairs = [(theirs, name) for theirs, tensor in weights.items() for name in loaded
+             if torch.equal(tensor, loaded[name])]
+    torch.manual_seed(1)
+    ours = {name: 0.3 * torch.randn_like(p) for name, p in coco.COCOLM(config).named_parameters()}
+    theirs = {re.sub(r"(layers?)\.\d+", rf"\1.{n}", theirs): ours[here].clone() for theirs, name in pairs
+              for n in range(config.layers) if (here := re.sub(r"layers\.\d+", f"layers.{n}", name)) in ours}
+    write_release(folder, kind, theirs, config)
+    return ours
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command in this process -> (exit status, what it printed)"""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(main, *arguments):
+        status = 0
+        try:
+            data.run_command(lambda: main(list(map(str, arguments))))
+        except SystemExit as stop:
+            status = stop.code
+        return status, "".join(capsys.readouterr())
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize("layout", [
+    dict(), dict(format="legacy"), dict(wrap="cfg"), dict(format="legacy", wrap="cfg")], ids=str)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_fairseq_outputs_and_losses(tmp_path, layout, prefix, capsys):
+    weights, inputs, outputs = official("fairseq")
+    weights = {prefix + name: tensor for name, tensor in weights.items()}
+    weights["classification_heads.mnli.dense.weight"] = weights[prefix + "version"] = torch.ones(1)
+    write_release(tmp_path, "fairseq", weights, **layout)
+    model, _ = train.load_checkpoint(tmp_path if prefix else tmp_path / "model.pt")
+    assert model.config == FIXTURE and not model.training
+    said = capsys.readouterr().out
+    assert "version" in said and "classification_heads.mnli.dense.weight" in said and "anew" not in said
+
+    tokens, corrupted, mask = inputs["tokens"], inputs["corrupted"], inputs["mask"]
+    real, same = tokens != 1, corrupted == tokens
+    auxiliary_hidden = model.auxiliary(inputs["masked_tokens"])
+    hidden, crop_hidden = model.main(corrupted, ~real), model.main(inputs["crop"])
+    copy_logits = model.copy_head(hidden)[..., 0]
+    found = dict(auxiliary_hidden=auxiliary_hidden, main_hidden=hidden, crop_hidden=crop_hidden,
+                 auxiliary_logits=model.auxiliary.logits(auxiliary_hidden[mask]),
+                 lm_logits=model.lm_logits(hidden[mask]), copy_logits=copy_logits[real],
+                 seq_emb=model.scl_head(hidden[:, 0]), crop_seq_emb=model.scl_head(crop_hidden[:, 0]))
+    heads = found["lm_logits"], copy_logits[mask], tokens[mask]
+    cosines = coco.cosines(found["seq_emb"], found["crop_seq_emb"])
+    found |= dict(mlm_loss=coco.mlm_loss(found["auxiliary_logits"], tokens[mask]).mean(),
+                  copy_loss=coco.copy_loss(copy_logits, same)[real].mean(),
+                  lm_loss_weighted=coco.lm_loss_weighted(*heads).mean(),
+                  lm_loss_mixture=coco.lm_loss_mixture(*heads, same[mask]).mean(),
+                  scl_loss_temperature_1=coco.scl_loss(cosines, 1.0))
+    assert found.keys() == outputs.keys()
+    for name, value in found.items():
+        where = (inputs["crop"] != 1 if "crop" in name else real) if "hidden" in name else ...
+        close(value[where], outputs[name][where])
+
+
+@pytest.mark.parametrize("format", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("prefix", ["cocolm.", ""])
+def test_hugging_face_outputs(tmp_path, format, prefix, capsys):
+    """What the port has is as its code computed; what it has not starts anew, which is said."""
+    weights, inputs, outputs = official("huggingface")
+    weights = {name.replace("cocolm.", prefix): tensor for name, tensor in weights.items()}
+    write_release(tmp_path, "huggingface", weights, format=format)
+    model, _ = train.load_checkpoint(tmp_path)
+    real, hidden = inputs["tokens"] != 1, model.main(inputs["tokens"])
+    close(hidden[real], outputs["main_hidden"][real])
+    close(model.scl_head(hidden[:, 0]), outputs["seq_emb"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("auxiliary", "copy_head", "lm_bias", "classifier.out_proj.weight"))
+    assert "scl_head" not in said and not model.lm_bias.any()
+
+
+@EACH_KIND
+def test_other_sizes(tmp_path, kind):
+    """Eleven layers: their numbers have one and two digits."""
+    expected = random_release(tmp_path, kind, coco.Config(vocab_size=60, **OTHER))
+    model, _ = train.load_checkpoint(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]) or kind == "huggingface" and not name.startswith(
+            ("main", "scl")), name
+    assert model.config == coco.Config(vocab_size=60, **OTHER)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("auxiliary.sentence_encoder.embed_positions.weight", "positions"),
+    ("auxiliary.sentence_encoder.emb_layer_norm.bias", "norm"),
+    ("encoder.lm_head.weight", "lm_head"), ("auxiliary.lm_head.weight", "auxiliary.lm_head")])
+def test_weights_that_are_shared_here_alone_are_said(tmp_path, name, said, capsys):
+    """Those of the main Transformer are taken."""
+    weights, *_ = official("fairseq")
+    write_release(tmp_path, "fairseq", weights)
+    before, _ = train.load_checkpoint(tmp_path)
+    assert said not in capsys.readouterr().out
+    weights[name] += 1
+    write_release(tmp_path, "fairseq", weights)
+    model, _ = train.load_checkpoint(tmp_path)
+    assert said in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_a_head_of_another_width_starts_anew(tmp_path, capsys):
+    """Their SCL head is 768 wide by default, whatever the model's width."""
+    weights, *_ = official("fairseq")
+    for name in [name for name in weights if "seq_head" in name]:
+        weights[name] = torch.ones(24, *weights[name].shape[1:])
+    write_release(tmp_path, "fairseq", weights)
+    model, _ = train.load_checkpoint(tmp_path)
+    assert "scl_head" in capsys.readouterr().out and not model.scl_head[0].bias.any()
+
+
+@pytest.mark.parametrize("kind, lost, changes", [  # lost: what begins so is not in the file
+    ("fairseq", "encoder.sentence_encoder.layers.1.fc2.bias", {}), ("fairseq", "", {}),
+    ("fairseq", "encoder.sentence_encoder.embed_tokens", {}),
+    ("fairseq", "encoder.sentence_encoder.layers.1", {}), ("fairseq", "none", {"encoder_layers": 3}),
+    ("fairseq", "none", {"max_rel_pos": None}), ("fairseq", "none", {"max_rel_pos": "far"}),
+    ("huggingface", "none", {"num_hidden_layers": 3}), ("huggingface", "none", {"max_rel_pos": None})])
+def test_what_makes_no_model_is_refused(tmp_path, kind, lost, changes):
+    weights, *_ = official(kind)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
+    write_release(tmp_path, kind, weights, **changes)
+    with pytest.raises(data.InputError):
+        train.load_checkpoint(tmp_path)
+
+
+def test_a_missing_or_damaged_config(tmp_path):
+    weights, *_ = official("huggingface")
+    write_release(tmp_path, "huggingface", weights)
+    train.load_checkpoint(tmp_path)
+    for text in ("", "{", "[]", "{}", "\0", None):
+        (tmp_path / "config.json").unlink()
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(data.InputError):
+            train.load_checkpoint(tmp_path)
+
+
+class Crafted:
+    """Pickled, it creates a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@EACH_KIND
+@pytest.mark.parametrize("format", ["zip", "legacy"])
+def test_reading_runs_no_code(tmp_path, kind, format, command):
+    weights, *_ = official(kind)
+    created, layout = tmp_path / "created", {"format": format}
+    if kind == "fairseq":
+        layout["max_rel_pos"] = Crafted(created)
+    else:
+        weights["classifier.dense.bias"] = Crafted(created)
+    write_release(tmp_path, kind, weights, **layout)
+    for main in (train.main, finetune.main):
+        status, said = command(main, f"--init_from={tmp_path}", f"--out_dir={tmp_path}/out")
+        assert status == 2 and "read safely" in said and "Traceback" not in said and not created.exists()
+    torch.load(next(tmp_path.glob("*model.*")), weights_only=False)
+    assert created.exists()  # it would have been
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Their tokenizer
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory):
+    """A folder with an sp.model, which knows few characters, and a dict.txt without some of its pieces"""
+    spm, draw, file = pytest.importorskip("sentencepiece"), random.Random(0), io.BytesIO()
+    words = "the cat sat on a mat , dogs bark . it 's we 're i 'll \" naïve ( river ) don 't 12 - u.s."
+    sentences = [" ".join(draw.choices(words.split(), k=12)) for _ in range(500)]
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=file, vocab_size=70,
+                                   hard_vocab_limit=False, minloglevel=2)
+    processor = spm.SentencePieceProcessor(model_proto=file.getvalue())
+    symbols = [processor.id_to_piece(i) for i in range(3, processor.get_piece_size())]
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "sp.model").write_bytes(file.getvalue())
+    (folder / "dict.txt").write_text("".join(f"{symbol} 1\n" for symbol in symbols[:1:-1]), encoding="utf-8")
+    return folder
+
+
+def is_mark(character):
+    return character.isascii() and not character.isalnum() or unicodedata.category(character)[0] == "P"
+
+
+def slow_clean(text):
+    text, words = text.strip().replace("``", '"').replace("''", '"'), []
+    for curly, plain in zip("“”‘’–—", "\"\"''--"):
+        text = text.replace(curly, plain)
+    for word in text.split():
+        start, end = 0, len(word)
+        while start < end and is_mark(word[start]):
+            start += 1
+        while start < end and is_mark(word[end - 1]):
+            end -= 1
+        words += [part for part in (word[:start], word[start:end], word[end:]) if part]
+    text = " ".join(words)
+    for clitic in ("s", "m", "d", "t", "ll", "re", "ve", "S", "M", "D", "T", "LL", "RE", "VE"):
+        text = re.sub(rf"' {clitic}\b", f"'{clitic}", text)
+    return text
+
+
+def random_texts(count=3000):
+    """Without characters that sentencepiece normalises"""
+    draw = random.Random(0)
+    parts = [*"aest 12é.,?!-()[]'’‘“”`–—«¿\n\t ", "'s", "' t", " 're", "’LL", "' ve", "cat ", "the ", "mat"]
+    return ["".join(draw.choices(parts, k=draw.randint(0, 14))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("text, cleaned", [
+    ("``Don't,'' he 's said", '" Don\'t ," he \'s said'), ("  (the cat)…\n", "( the cat )…"),
+    ("‘‘a’’ “b” c—d – e", "'' a '' \" b \" c-d - e"), ("it ' s We ’ LL go", "it 's We 'LL go"),
+    ("rock ' stone ' team 's' re-do", "rock ' stone ' team 's 're-do"), ("!?", "!?"), (" ", ""),
+    ("U.S. ¿que? a.b", "U.S . ¿ que ? a.b")])
+def test_cleaning(text, cleaned):
+    assert data.clean(text)[0] == slow_clean(text) == cleaned
+
+
+def test_cleaning_of_random_texts():
+    for text in random_texts():
+        cleaned, starts, ends = data.clean(text)
+        assert cleaned == slow_clean(text), text
+        assert len(cleaned) == len(starts) == len(ends) and sorted(starts) == starts and sorted(ends) == ends
+        for character, start, end in zip(cleaned, starts, ends):
+            assert slow_clean(text[start:end]) == character.strip(), text
+
+
+def test_ids_offsets_and_text(pieces):
+    tokenizer, dropped = data.Tokenizer.load(pieces), 0
+    import sentencepiece
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "sp.model"))
+    lines = (pieces / "dict.txt").read_text(encoding="utf-8").splitlines()
+    numbers = {line.split(" ")[0]: 4 + i for i, line in enumerate(lines)}
+    assert tokenizer.special_ids == {"[CLS]": 0, "[PAD]": 1, "[SEP]": 2, "[MASK]": 4 + len(lines)}
+    assert tokenizer.vocab_size == 5 + len(lines) and tokenizer.dtype == np.uint16
+    for text in random_texts(1000):
+        found, kept = processor.encode(slow_clean(text), out_type=str), []
+        for piece, following in zip(found, [*found[1:], "."]):
+            if piece != "▁" or not is_mark(following[0]):
+                kept.append(piece)
+        dropped += len(found) - len(kept)
+        ids, spans = tokenizer.offsets(text)
+        assert ids == tokenizer.encode(text) == [numbers.get(piece, 3) for piece in kept], text
+        assert len(ids) == len(spans) and np.all(np.diff(spans, axis=0) >= 0)
+        assert np.all(spans[:, 0] <= spans[:, 1]) and spans.max(initial=0) <= len(text)
+        for piece, (start, end) in zip(kept, spans):
+            assert slow_clean(text[start:end]).replace(" ", "") == piece.strip("▁"), text
+    assert dropped
+    assert tokenizer.decode(tokenizer.encode("(the cat sat)")) == "( the cat sat )"
+    assert data.Tokenizer.from_state(tokenizer.state()).encode("the dogs ?") == tokenizer.encode("the dogs ?")
+
+
+@pytest.mark.parametrize("text", ["cat[MASK]cat", "cat[CLS]cat", "cat[PAD]", "<s> <pad> </s>", "<mask>"])
+def test_what_spells_a_special_token_is_ordinary_text(pieces, text):
+    tokenizer = data.Tokenizer.load(pieces)
+    assert not set(tokenizer.encode(text)) & set(tokenizer.special_ids.values())
+
+
+DICTIONARY = "".join(f"w{i} 1\n" for i in range(43))  # for the 48 tokens of the fixtures
+
+
+@pytest.mark.parametrize("files, said", [
+    ((), "sp.model"), (("dict.txt",), "sp.model"), (("sp.model",), "dict.txt"),
+    (("sp.model", "dict.txt"), "pip install sentencepiece")], ids=str)
+def test_the_first_use_says_what_the_tokenizer_lacks(tmp_path, monkeypatch, files, said):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    write_release(tmp_path, "fairseq", next(iter(official("fairseq"))))
+    for file in files:
+        (tmp_path / file).write_text(DICTIONARY)
+    _, tokenizer = train.load_checkpoint(tmp_path)
+    with pytest.raises(data.InputError, match=said):
+        tokenizer.batch(["a text"])
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged"])
+def test_a_damaged_sp_model(pieces, tmp_path, content):
+    shutil.copy(pieces / "dict.txt", tmp_path)
+    (tmp_path / "sp.model").write_bytes(content)
+    with pytest.raises(data.InputError, match="sp.model"):
+        data.Tokenizer.load(tmp_path).encode("a text")
+
+
+@pytest.mark.parametrize("text", [
+    DICTIONARY + "w 1\n", DICTIONARY[:-6], "", DICTIONARY.replace("w5 1", "w5"),
+    DICTIONARY.replace("w5 1", "w5 many"), DICTIONARY.replace("w5", "w6")], ids=range(6))
+def test_a_dictionary_that_does_not_fit_is_refused(tmp_path, text):
+    write_release(tmp_path, "fairseq", next(iter(official("fairseq"))))
+    (tmp_path / "dict.txt").write_text(DICTIONARY)
+    assert train.load_checkpoint(tmp_path)[1].mask_id == 47
+    (tmp_path / "dict.txt").write_text(text)
+    with pytest.raises(data.InputError, match="dict.txt"):
+        train.load_checkpoint(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From a folder to the end
+
+
+@pytest.fixture(scope="session")
+def corpus(pieces, tmp_path_factory):
+    """The folder of a corpus `toy`, of their tokenizer"""
+    return runs.make_corpus(tmp_path_factory.mktemp("corpus"), encoding=str(pieces), vocab_size=None)
+
+
+def test_a_corpus_of_their_tokenizer(pieces, corpus):
+    theirs, tokenizer = data.Tokenizer.load(pieces), data.Tokenizer.load(corpus)
+    assert tokenizer.state() == theirs.state()
+    val = np.fromfile(corpus / "val.bin", tokenizer.dtype).tolist()
+    documents = [data.clean(text)[0] for text in (corpus.parent / "toy.txt").read_text().split("\n\n")]
+    first = val[: val.index(tokenizer.sep_id)]
+    assert first in [theirs.encode(text) for text in documents]
+
+
+@EACH_KIND
+def test_from_a_release_to_the_end(pieces, corpus, tmp_path, kind, command):
+    """Continued pretraining, whose learning rate of 0 shows what it starts from; fine-tuning; vectors."""
+    config = coco.Config(vocab_size=data.Tokenizer.load(pieces).vocab_size, **OTHER)
+    expected = random_release(tmp_path, kind, config)
+    for file in pieces.iterdir():
+        shutil.copy(file, tmp_path)
+    options = [f"--init_from={tmp_path}", "--dtype=float32", "--device=cpu"]
+    training = [*options, f"--data_dir={corpus.parent}", "--dataset=toy", f"--out_dir={tmp_path}/out",
+                "--learning_rate=0", "--batch_size=4", "--max_steps=3", "--eval_batches=1"]
+    for contradiction in ("--layers=2", "--max_len=32", "--relative_bins=64"):
+        status, said = command(train.main, *training, contradiction)
+        assert status == 2 and "Traceback" not in said and not (tmp_path / "out").exists(), said
+    status, said = command(train.main, *training)
+    assert status == 0, said
+    model, tokenizer = train.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    for name, parameter in model.named_parameters():
+        if kind == "fairseq" or name.startswith(("main", "scl")):
+            assert torch.equal(parameter, expected[name]), name
+    assert tokenizer.state() == data.Tokenizer.load(tmp_path / "out" / "ckpt.pt").state() == \
+        data.Tokenizer.load(pieces).state()
+
+    (tmp_path / "CoLA").mkdir()
+    lines = [f"x\t{i % 2}\t\tthe {'cat' if i % 2 else 'dogs'} sat\n" for i in range(32)]
+    for split in ("train", "dev"):
+        (tmp_path / "CoLA" / f"{split}.tsv").write_text("".join(lines))
+    status, said = command(finetune.main, *options, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/fine",
+                           "--task=CoLA", "--epochs=1")
+    assert status == 0 and (tmp_path / "fine" / "CoLA" / "seed0" / "best.pt").exists(), said
+
+    model, tokenizer = train.load_checkpoint(tmp_path)
+    tokens = tokenizer.batch(["the cat sat " * 20, "dogs"])
+    assert tokens.shape == (2, 24)
+    close(model.embed(tokens).norm(dim=1), torch.ones(2))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Texts to ids to vectors
+
+
+@pytest.mark.parametrize("pairs", [None, ["on a mat " * 9, "cats", ""]], ids=["texts", "pairs"])
+def test_batch(tmp_path, pairs):
+    words = Counter({" the": 9, " cat": 7, " sat": 5, " on": 3})
+    tokenizer = data.Tokenizer(data.train_bpe(words, 262), data.PATTERN, True)
+    texts = ["The cat", "", "the cat sat on the mat " * 3]
+    for max_len in (None, 11):
+        rows = [tokenizer.encode_pair(*both, max_len=max_len) for both in zip(texts, pairs or [None] * 3)]
+        width = max(map(len, rows))
+        batch = tokenizer.batch(texts, pairs, max_len)
+        assert batch.tolist() == [row + [tokenizer.pad_id] * (width - len(row)) for row in rows]
+        assert batch.dtype == torch.int64 and (max_len is None or width == 11)
+    with pytest.raises(AssertionError, match="list"):
+        tokenizer.batch("the cat")
+
+    config = coco.Config(tokenizer.vocab_size, max_len=16, layers=1, width=16, heads=2, auxiliary_layers=1)
+    torch.save({"model": coco.COCOLM(config).state_dict(), "config": vars(config), "step": 1,
+                "tokenizer": tokenizer.state()}, tmp_path / "ckpt.pt")
+    _, loaded = train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert loaded.batch(texts, pairs).tolist() == tokenizer.batch(texts, pairs, 16).tolist()
+    corpus = runs.make_corpus(tmp_path, encoding=str(tmp_path / "ckpt.pt"), vocab_size=None)
+    assert data.Tokenizer.load(corpus).state() == tokenizer.state()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(contrastive=False), dict(token_task="mlm")], ids=str)
+def test_embed(changes):
+    """Equal to one text at a time without padding, in more than one batch, with dropout and without order."""
+    torch.manual_seed(0)
+    model = coco.COCOLM(coco.Config(60, max_len=16, layers=2, width=16, heads=2, ffn_width=24, dropout=0.5,
+                                    auxiliary_layers=1, relative_bins=8, max_distance=12, **changes))
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    lengths, pad_id = torch.randint(1, 17, (70,)), model.config.pad_id
+    tokens = torch.randint(0, pad_id, (70, 16)).masked_fill(torch.arange(16) >= lengths[:, None], pad_id)
+    slow = [model.eval().main(row[None, :n])[0].detach().double().mean(0) for row, n in zip(tokens, lengths)]
+    slow = torch.stack([(vector / vector.square().sum().sqrt()).float() for vector in slow])
+    model.train()
+    for batch_size in (64, 7):
+        vectors = model.embed(tokens, batch_size)
+        close(vectors, slow)
+        assert vectors.dtype == torch.float32 and not vectors.requires_grad and model.training
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = model.embed(tokens)
+    assert vectors.dtype == torch.float32 and (vectors - slow).abs().max() < 0.05
+    with pytest.raises(AssertionError, match="embed"):
+        model(tokens)
