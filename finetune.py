@@ -15,21 +15,15 @@ To change something, edit a constant or pass --name=value. What a run writes to 
     results.json   median, minimum and maximum over the finished seeds, baseline, settings
                    (scores are from 0 to 1, those of SQuAD in percent, as in its official script)
     best.pt        the state with the best score on dev, of the best seed
-    predictions/   of that state: those of the test set, as the leaderboard takes them (CoLA.tsv), and those
-                   of the dev set, with probabilities and labels (CoLA.dev.tsv)
+    predictions/   of that state: CoLA.tsv, the test set, as the leaderboard takes it; CoLA.dev.tsv, the dev
+                   set, with probabilities and labels
     seedN/         the same of one seed; last.pt, the state after the last step; and result.json, which is
                    written last: a seed that has it is finished, and is not run again
 
-The last line of the output is one line of JSON. From a file back to a model, in a notebook:
-
-    from finetune import load_finetuned
-    model, tokenizer, task = load_finetuned("out/finetune/CoLA/best.pt")
-    probabilities = model(tokenizer.batch(["They sings."])).softmax(-1)  # (1, 2), of task["labels"]
+The last line of the output is one line of JSON. load_finetuned makes a model of best.pt again.
 """
 
-import collections
 import contextlib
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -39,6 +33,7 @@ import re
 import string
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -48,7 +43,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from data import InputError, Parser, Progress, Tokenizer, checksum, read_lines, run_command
 from model import COCOLM, PRESETS, Config
@@ -70,17 +64,15 @@ TASKS = {
                  no_header=["source", "label", "star", "sentence"]),  # of its train and dev files
     "SST-2": dict(texts=["sentence"], label="label", labels=BINARY, metrics=["accuracy"],
                   base=(32, 2e-5, 5, 1 / 16), large=(32, 5e-6, 2, 1 / 16)),
-    "MRPC": dict(texts=["#1 String", "#2 String"], label="Quality", labels=BINARY,
-                 metrics=["accuracy", "f1"], selects=["accuracy"],
-                 base=(16, 4e-5, 10, 1 / 16), large=(16, 2e-5, 5, 1 / 16)),
+    "MRPC": dict(texts=["#1 String", "#2 String"], label="Quality", labels=BINARY, metrics=["accuracy", "f1"],
+                 selects=["accuracy"], base=(16, 4e-5, 10, 1 / 16), large=(16, 2e-5, 5, 1 / 16)),
     "STS-B": dict(texts=["sentence1", "sentence2"], label="score", labels=[], low=0.0, high=5.0,
                   metrics=["pearson", "spearman"],
                   base=(16, 4e-5, 10, 1 / 16), large=(16, 2e-5, 10, 1 / 16)),
     "QQP": dict(texts=["question1", "question2"], label="is_duplicate", labels=BINARY,
-                metrics=["accuracy", "f1"], selects=["accuracy"],
-                base=(32, 3e-5, 5, 1 / 16), large=(32, 1e-5, 5, 1 / 16), skips_broken_rows=True),
-    # The authors ran mm with settings of its own (base++ 1e-5, large++ 2 epochs) [model]. Here one run, with
-    # the settings of m, gives both numbers. [ours]
+                metrics=["accuracy", "f1"], selects=["accuracy"], skips_broken_rows=True,
+                base=(32, 3e-5, 5, 1 / 16), large=(32, 1e-5, 5, 1 / 16)),
+    # one run gives m and mm [ours]; the authors ran mm with 1e-5 for base++, 2 epochs for large++ [model]
     "MNLI": dict(texts=["sentence1", "sentence2"], label="gold_label",
                  labels=["entailment", "neutral", "contradiction"], metrics=["accuracy"],
                  base=(32, 2e-5, 2, 1 / 16), large=(32, 5e-6, 3, 1 / 16),
@@ -149,7 +141,7 @@ def accuracy(gold, predicted):
     return float(np.mean(gold == predicted))
 
 
-def f1_score(gold, predicted):
+def f1(gold, predicted):
     """Harmonic mean of precision and recall of class 1; 0 if it is on neither side."""
     total = (gold == 1).sum() + (predicted == 1).sum()
     return float(2 * ((gold == 1) & (predicted == 1)).sum() / total) if total else 0.0
@@ -157,7 +149,7 @@ def f1_score(gold, predicted):
 
 def macro_f1(gold, predicted):
     """Mean of the F1 of each class that occurs, in gold or predicted"""
-    return float(np.mean([f1_score(gold == k, predicted == k) for k in np.union1d(gold, predicted)]))
+    return float(np.mean([f1(gold == k, predicted == k) for k in np.union1d(gold, predicted)]))
 
 
 def pearson(gold, predicted):
@@ -169,42 +161,32 @@ def pearson(gold, predicted):
     return float(np.clip((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)), -1, 1))
 
 
-def ranks(values):
-    """1 for the smallest; equal values share the mean of their ranks: [3, 1, 3] -> [2.5, 1, 2.5]"""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
-
-
 def spearman(gold, predicted):
-    """Correlation of the ranks"""
-    return pearson(ranks(gold), ranks(predicted))
+    """Correlation of the ranks; equal values share the mean of their ranks: [3, 1, 3] -> [2.5, 1, 2.5]"""
+    ranks = []
+    for values in (gold, predicted):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[inverse])
+    return pearson(*ranks)
 
 
-METRICS = {"accuracy": accuracy, "f1": f1_score, "macro_f1": macro_f1, "matthews": pearson,
-           "pearson": pearson, "spearman": spearman}
+METRICS = {f.__name__: f for f in (accuracy, f1, macro_f1, pearson, spearman)} | {"matthews": pearson}
 
 
-def normalized(text):
-    """Lowercase, without punctuation, articles and extra white space. [official SQuAD script]"""
+def words_of(text):
+    """Lowercase words, without punctuation and articles. [official SQuAD script]"""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def squad_scores(golds, predicted, version):
     """(exact match, F1) of an answer, 0 to 1: the best over its gold answers. In 2.0 none means no answer."""
-    if version == "2.0":
-        golds = [gold for gold in golds if normalized(gold)] or [""]
-    exact, best = 0.0, 0.0
-    words = normalized(predicted).split()
-    for gold in golds:
-        gold_words = normalized(gold).split()
-        exact = max(exact, float(words == gold_words))
-        common = (collections.Counter(words) & collections.Counter(gold_words)).total()
-        if version == "2.0" and not (words and gold_words):
-            best = max(best, float(words == gold_words))
-        elif common:
-            best = max(best, 2 * common / (len(words) + len(gold_words)))
-    return exact, best
+    words, golds, exact, best = words_of(predicted), [words_of(gold) for gold in golds], 0.0, 0.0
+    for gold in golds if version == "1.1" else [gold for gold in golds if gold] or [[]]:
+        exact = max(exact, float(words == gold))
+        common = (Counter(words) & Counter(gold)).total()
+        best = max(best, 2 * common / max(len(words) + len(gold), 1))
+    return exact, best if version == "1.1" else max(best, exact)
 
 
 def best_threshold(scores, has_answer, odds):
@@ -240,7 +222,7 @@ def read_fields(path):
 
         {"text": "A cat.", "label": 1}  ->  (1, ["text", "label"]), (1, ["A cat.", "1"])
     """
-    names = None
+    names = []
     for number, line in read_lines(path):
         if not line.strip(" \r\n"):
             continue
@@ -249,13 +231,13 @@ def read_fields(path):
             continue
         try:
             row, as_text = json.loads(line), json.loads(line, parse_int=str, parse_float=str)
-            keys = dict.fromkeys([*(names or []), *row.keys()])  # first those of the first line
+            keys = list(dict.fromkeys([*names, *row.keys()]))  # first those of the first line
             fields = [as_text[key] if isinstance(as_text[key], str) else row[key] for key in keys]
         except (ValueError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"{path}, line {number} has to be a JSON object with the keys of the first one "
                              f"({error!r:.200}).") from None
-        if names is None:
-            names = list(keys)
+        if not names:
+            names = keys
             yield number, names
         yield number, fields
 
@@ -280,32 +262,29 @@ def read_glue(path, task, split):
     """
     labelled, exact = split in ("train", "dev"), "own" in task or split == "new"
     wanted = task["texts"] + [task["label"]] * labelled
-    rows, broken, header = [], 0, None
-    for number, fields in read_fields(path):
-        if header is None:
-            without = labelled and "no_header" in task and wanted[0] not in fields
-            header = task["no_header"] if without else fields
-            if missing := [column for column in wanted if column not in header]:
-                raise InputError(f'{path} has no column "{missing[0]}": its first line is {fields!r:.200}.')
-            columns = [header.index(column) for column in wanted]
-            index = next((header.index(column) for column in INDEX if column in header), None)
-            if header is fields:
-                continue
-        if labelled and "skips_broken_rows" in task and len(fields) != len(header):
-            broken += 1
+    lines, rows = list(read_fields(path)), []
+    first = lines[0][1] if lines else []
+    header = task["no_header"] if labelled and "no_header" in task and wanted[0] not in first else first
+    if missing := [column for column in wanted if column not in header]:
+        raise InputError(f'{path} has no column "{missing[0]}": its first line is {first!r:.200}.')
+    for number, fields in lines[header is first :]:
+        row, complete = dict(zip(header, fields)), len(fields) == len(header)
+        if labelled and "skips_broken_rows" in task and not complete:
             continue
-        if exact and len(fields) != len(header) or len(fields) <= max([*columns, index or 0]):
+        if exact and not complete or not row.keys() >= {*wanted}:
             raise InputError(f"{path}, line {number} has {len(fields)} fields, not {len(header)}.")
-        for name, value in zip(wanted, found := [fields[column] for column in columns]):
-            if not isinstance(value, str):
-                raise InputError(f'{path}, line {number}: "{name}" has to be a text, not {value!r:.200}.')
-        *texts, label = [value.strip() for value in found] + [None] * (not labelled)
+        for column in wanted:
+            if not isinstance(value := row[column], str):
+                raise InputError(f'{path}, line {number}: "{column}" has to be a text, not {value!r:.200}.')
+        texts = [row[column].strip() for column in task["texts"]]
+        label = row[task["label"]].strip() if labelled else None
         if labelled and (what := wanted_label(task, label)):
             raise InputError(f"{path}, line {number}: the label has to be {what}, not {label!r:.200}.")
-        rows.append((str(len(rows) if index is None else fields[index]).strip(), texts, label))
+        index = next((row[column] for column in INDEX if column in row), len(rows))
+        rows.append((str(index).strip(), texts, label))
     if not rows:
         raise InputError(f"{path} has no rows: it is empty, or has a header alone.")
-    if broken:
+    if broken := len(lines) - (header is first) - len(rows):
         say(f"{path}: {broken} broken rows were left out.")
     return rows
 
@@ -322,13 +301,12 @@ class GlueSet:
     def __init__(self, path, task, set_name, split, tokenizer, max_len):
         self.task, self.labels, self.name, self.split = task, task["labels"], set_name, split
         self.low, self.high = task.get("low"), task.get("high")  # of scores
-        rows = read_glue(path, task, split)
-        self.index = [index for index, _, _ in rows]
-        self.examples = [{"tokens": tokenizer.batch(texts[:1], texts[1:] or None, max_len)[0].numpy()}
-                         for _, texts, _ in rows]
+        self.index, texts, labels = zip(*read_glue(path, task, split))
+        self.examples = [{"tokens": tokenizer.batch(row[:1], row[1:] or None, max_len)[0].numpy()}
+                         for row in texts]
         if split in ("train", "dev"):
             number = self.labels.index if self.labels else float
-            self.gold = targets = np.array([number(label) for _, _, label in rows])
+            self.gold = targets = np.array([number(label) for label in labels])
             if not self.labels:
                 targets = np.float32((self.gold - self.low) / (self.high - self.low))
             for example, target in zip(self.examples, targets):
@@ -381,16 +359,13 @@ class GlueSet:
 def read_squad(path, version):
     """[question]: dicts of id, question, context (one str for all of a paragraph), golds: [(text, start)]"""
     try:
-        content = json.dumps(json.loads(path.read_text(encoding="utf-8-sig")), ensure_ascii=False)
-        content = json.loads(content.encode(errors="replace"))  # half of a UTF-16 pair becomes ?
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         questions = [
             {"id": str(qa["id"]), "question": str(qa["question"]).strip(), "context": str(part["context"]),
              "golds": [(str(answer["text"]), answer.get("answer_start")) for answer in qa["answers"]]}
             for article in content["data"] for part in article["paragraphs"] for qa in part["qas"]]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON in UTF-8 ({error}): fetch it again.") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not in SQuAD's format ({type(error).__name__}: {error}).") from None
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not JSON in SQuAD's format ({error!r:.200}): fetch it again.") from None
     if version == "1.1" and not all(question["golds"] for question in questions):
         raise InputError(f"{path} has questions without an answer, which only 2.0 allows.")
     return questions
@@ -449,8 +424,7 @@ class SquadSet:
             if split == "dev" or question["tokens"] or not question["golds"]:
                 self.add_windows(question, ids, visible, tokenizer, max_len)
         if left_out := len(questions) - len(self):
-            say(f"{path}: {left_out:,} questions were left out, as their answers are not where\n"
-                f"  their offsets say.")
+            say(f"{path}: {left_out:,} questions were left out: no answer is where its offset says.")
         if not self.questions:
             raise InputError(f"{path} has no questions that can be used: fetch it again.")
 
@@ -465,57 +439,54 @@ class SquadSet:
         first, last = question["tokens"] or (-1, -1)
         begins, ends, best_window = windows(len(ids), room, stride)
         for number, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist())):
-            tokens = np.array([*head, *ids[begin:end], tokenizer.sep_id], np.int32)
+            tokens = np.array([*head, *ids[begin:end], tokenizer.sep_id])
             allowed, starts = np.zeros((2, len(tokens)), bool)
             allowed[len(head) : -1] = visible[begin:end]
             starts[len(head) : -1] = visible[begin:end] & (best_window[begin:end] == number)
             allowed[0] = True
             shift = begin - len(head)
-            inside = begin <= first and last < end
-            span = np.array([first - shift, last - shift] if inside else [0, 0])
+            span = np.array([first - shift, last - shift]) * (begin <= first and last < end)
             self.examples.append({"tokens": tokens, "allowed": allowed, "starts": starts, "span": span,
                                   "question": len(self.questions), "shift": shift})
         self.questions.append(question)
 
     def answer(self, question, first, last):
-        """The characters of the context that these tokens cover."""
-        return question["context"][question["spans"][first, 0] : question["spans"][last, 1]].strip()
+        """The characters of the context that these tokens cover; "" if there are none."""
+        spans = question["spans"][first : last + 1]  # (tokens, 2)
+        return question["context"][spans[0, 0] : spans[-1, 1]].strip() if len(spans) else ""
 
     def decode(self, outputs):
         """best_spans (windows, 4) -> the best span of each question over all windows, and the no-answer odds:
         the lowest score of no answer - the score of the best span. Where no span is possible: "" and 1e9."""
-        best = [(-math.inf, 0, 0)] * len(self)
+        best = [(-math.inf, 0, -1)] * len(self)
         null = np.full(len(self), math.inf)
         for example, (score, first, last, nothing) in zip(self.examples, outputs.tolist()):
             q, shift = example["question"], example["shift"]
             null[q] = min(null[q], nothing)
             if score > best[q][0]:
                 best[q] = score, int(first) + shift, int(last) + shift
-        texts = [self.answer(question, first, last) if score > -math.inf else ""
-                 for question, (score, first, last) in zip(self.questions, best)]
+        texts = [self.answer(question, *span) for question, (_, *span) in zip(self.questions, best)]
         return texts, np.array([min(nothing - score, 1e9) for nothing, (score, _, _) in zip(null, best)])
 
     def constant(self, train):
         """What a model predicts that always says the most frequent span of train, or no answer."""
-        span = collections.Counter(question["tokens"] for question in train.questions).most_common(1)[0][0]
-        texts = []
-        for question in self.questions:
-            longest = len(question["spans"]) - 1
-            texts.append(self.answer(question, *np.minimum(span or (0, 0), longest)) if longest >= 0 else "")
+        span = Counter(question["tokens"] for question in train.questions).most_common(1)[0][0]
+        texts = [self.answer(question, *np.minimum(span or (0, 0), len(question["spans"]) - 1))
+                 for question in self.questions]
         return texts, np.full(len(self), -1.0 if span else 1.0)
 
     def scores(self, predicted):
         """name of metric -> score in percent; of 2.0 also the best that a threshold of the odds gives"""
         texts, odds = predicted
         golds = [[gold for gold, _ in question["golds"]] for question in self.questions]
-        scores = np.array([squad_scores(g, text, self.version) for g, text in zip(golds, texts)])  # (n, 2)
-        if self.version == "1.1":
-            return dict(zip(("exact_match", "f1"), (100 * scores.mean(0)).tolist()))
-        has_answer = np.array([bool(g) for g in golds])
-        given = np.where((odds > 0)[:, None], ~has_answer[:, None], scores)  # no answer where it is likelier
-        (exact, _), (f1, threshold) = (best_threshold(column, has_answer, odds) for column in scores.T)
-        return dict(zip(("exact_match", "f1"), (100 * given.mean(0)).tolist())) | {
-            "best_exact_match": 100 * exact, "best_f1": 100 * f1, "best_f1_threshold": threshold}
+        given = scores = np.array([squad_scores(g, text, self.version) for g, text in zip(golds, texts)])
+        best = {}
+        if self.version == "2.0":
+            has_answer = np.array([bool(g) for g in golds])
+            given = np.where((odds > 0)[:, None], ~has_answer[:, None], scores)  # none where it is likelier
+            (em, _), (f1, threshold) = (best_threshold(column, has_answer, odds) for column in scores.T)
+            best = {"best_exact_match": 100 * em, "best_f1": 100 * f1, "best_f1_threshold": threshold}
+        return dict(zip(("exact_match", "f1"), (100 * given.mean(0)).tolist())) | best
 
     def files(self, predicted):
         """name of file -> text. predictions.json answers every question, for the official script, which takes
@@ -552,25 +523,16 @@ def best_spans(logits, starts):
 # All tasks: files, scores, batches, the model
 
 
-def own_task(name, path, regression):
-    """The row of own data, as TASKS would have it. path: the training file, whose labels are all labels."""
-    header = next((fields for _, fields in read_fields(path)), [])
-    texts = [column for column in header if column not in ("label", *INDEX)]
-    if "label" not in header or len(texts) not in (1, 2) or len({*header} - {""}) < len(header):
-        raise InputError(f'{path} needs a column "label" and one or two others, the texts, each with its own '
-                         f'name ("index" and "id" may be there, too), but its columns are {header!r:.200}.')
-    task = {"name": name, "texts": texts, "labels": [] if regression else None, **OWN}
-    labels = {label for _, _, label in read_glue(path, task, "train")}
-    values = sorted(map(float, labels) if regression else labels)
-    if values[0] == values[-1]:
-        raise InputError(f"{path} has the label {values[0]!r} alone: there is nothing to learn.")
-    if regression:
-        return task | {"low": values[0], "high": values[-1], "metrics": ["pearson", "spearman"]}
-    return task | {"labels": values, "metrics": ["accuracy", "macro_f1"], "selects": ["accuracy"]}
+def find_file(folder, stem):
+    """stem.jsonl if the folder has it, else stem.tsv, which need not be there."""
+    tsv, jsonl = folder / f"{stem}.tsv", folder / f"{stem}.jsonl"
+    if tsv.exists() and jsonl.exists():
+        raise InputError(f"{folder} has both {tsv.name} and {jsonl.name}: remove one of them.")
+    return jsonl if jsonl.exists() else tsv
 
 
 def find_task(name, args):
-    """The row of a task, with its name: of TASKS, or of own data."""
+    """The row of a task, with its name: of TASKS, or for own data one of what their training file has."""
     if name in TASKS:
         if args.regression:
             raise InputError(f"--regression=True is for own data: TASKS says what the labels of {name} are.")
@@ -583,15 +545,19 @@ def find_task(name, args):
         close = [known[key] for key in difflib.get_close_matches(name.casefold(), known)]
         hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known.values())}."
         raise InputError(f"--task={name}: {path.parent} has no file train.tsv or train.jsonl; {hint}")
-    return own_task(name, path, args.regression)
-
-
-def find_file(folder, stem):
-    """stem.jsonl if the folder has it, else stem.tsv, which need not be there."""
-    tsv, jsonl = folder / f"{stem}.tsv", folder / f"{stem}.jsonl"
-    if tsv.exists() and jsonl.exists():
-        raise InputError(f"{folder} has both {tsv.name} and {jsonl.name}: remove one of them.")
-    return jsonl if jsonl.exists() else tsv
+    header = next((fields for _, fields in read_fields(path)), [])
+    texts = [column for column in header if column not in ("label", *INDEX)]
+    if "label" not in header or len(texts) not in (1, 2) or len({*header} - {""}) < len(header):
+        raise InputError(f'{path} needs a column "label" and one or two others, the texts, each with its own '
+                         f'name ("index" and "id" may be there, too), but its columns are {header!r:.200}.')
+    task = {"name": name, "texts": texts, "labels": [] if args.regression else None, **OWN}
+    values = {label for _, _, label in read_glue(path, task, "train")}
+    values = sorted(map(float, values) if args.regression else values)
+    if values[0] == values[-1]:
+        raise InputError(f"{path} has the label {values[0]!r} alone: there is nothing to learn.")
+    if args.regression:
+        return task | {"low": values[0], "high": values[-1], "metrics": ["pearson", "spearman"]}
+    return task | {"labels": values, "metrics": ["accuracy", "macro_f1"], "selects": ["accuracy"]}
 
 
 def files_of(task, data_dir):
@@ -611,12 +577,12 @@ def files_of(task, data_dir):
 
 
 def read_task(task, data_dir, tokenizer, max_len):
-    """({"train": {name: set}, "dev": ..., "test": ...} of a task, one checksum of all its files)"""
-    sets, digest = {"train": {}, "dev": {}, "test": {}}, hashlib.sha256()
+    """({"train": [set], "dev": [...], "test": [...]} of a task, one checksum of all its files)"""
+    sets, digest = {"train": [], "dev": [], "test": []}, hashlib.sha256()
     kind = GlueSet if "labels" in task else SquadSet
     for split, set_name, path in files_of(task, data_dir):
         if path.exists():
-            sets[split][set_name] = kind(path, task, set_name, split, tokenizer, max_len)
+            sets[split].append(kind(path, task, set_name, split, tokenizer, max_len))
             digest.update(checksum(path).encode())
         elif "own" not in task:
             say(f"{path} does not exist: no predictions for the leaderboard.")
@@ -624,9 +590,9 @@ def read_task(task, data_dir, tokenizer, max_len):
 
 
 def dev_scores(dev, predicted):
-    """Scores of all dev sets; those of MNLI-mm are named accuracy_mismatched."""
-    return {metric + "_mismatched" * (set_name == "MNLI-mm"): score for set_name, a_set in dev.items()
-            for metric, score in a_set.scores(predicted[set_name]).items()}
+    """Scores of all dev sets; those of a second one, MNLI-mm, are named accuracy_mismatched."""
+    return {metric + "_mismatched" * number: score for number, a_set in enumerate(dev)
+            for metric, score in a_set.scores(predicted[number]).items()}
 
 
 def selecting(task, scores):
@@ -647,14 +613,11 @@ def batches(lengths, batch_size, *seeds):
 
 def collate(examples, pad_id):
     """A batch, padded to the longest example: tokens, allowed, starts (B, T); label (B,); span (B, 2)"""
-    T = max(len(example["tokens"]) for example in examples)
-    batch = {name: np.stack([e[name] for e in examples]) for name in ("label", "span") if name in examples[0]}
-    for name, padding in (("tokens", np.int64(pad_id)), ("allowed", np.False_), ("starts", np.False_)):
-        if name in examples[0]:
-            batch[name] = np.full((len(examples), T), padding)
-            for row, example in enumerate(examples):
-                batch[name][row, : len(example[name])] = example[name]
-    return batch
+    batch = {}
+    for name in examples[0]:
+        rows, padding = [torch.as_tensor(e[name]) for e in examples], pad_id if name == "tokens" else 0
+        batch[name] = nn.utils.rnn.pad_sequence(rows, True, padding) if rows[0].dim() else torch.stack(rows)
+    return {name: rows.numpy() for name, rows in batch.items()}
 
 
 class Model(nn.Module):
@@ -692,9 +655,8 @@ class Model(nn.Module):
     def losses(self, logits, batch):
         """(B,): cross-entropy, of SQuAD the mean over start and end; the squared error of a score. [model]"""
         if self.finds_spans:
-            start = F.cross_entropy(logits[..., 0], batch["span"][:, 0], reduction="none")
-            end = F.cross_entropy(logits[..., 1], batch["span"][:, 1], reduction="none")
-            return (start + end) / 2
+            return sum(F.cross_entropy(logits[..., side], batch["span"][:, side], reduction="none")
+                       for side in (0, 1)) / 2
         if batch["label"].is_floating_point():
             return (logits[:, 0] - batch["label"]).square()
         return F.cross_entropy(logits, batch["label"], reduction="none")
@@ -711,13 +673,20 @@ def load_finetuned(path, device="cpu"):
         model.load_state_dict(saved["model"])
         tokenizer.max_len = saved["settings"]["max_len"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        error = " ".join(str(error).split())
-        raise InputError(f"{path} does not fit this finetune.py: {error[:300]}.") from None
+        raise InputError(f"{path} does not fit finetune.py: {' '.join(str(error).split()):.300}.") from None
     return model.to(device).requires_grad_(False).eval(), tokenizer, saved["task"]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # One run
+
+
+def gather_objects(value):
+    """What each process has, in a list that all of them get."""
+    everywhere = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everywhere, value)
+    return everywhere
 
 
 @torch.no_grad()
@@ -733,13 +702,8 @@ def predict_set(model, a_set, autocast, batch_size=EVAL_BATCH):
         if "starts" in batch:
             values = best_spans(values, batch["starts"].cpu())
         found.append((part, values.numpy()))
-    if WORLD > 1:
-        everywhere = [None] * WORLD
-        dist.all_gather_object(everywhere, found)
-        found = [pair for each in everywhere for pair in each]
-    outputs = np.empty((len(examples), found[0][1].shape[1]))
-    for part, values in found:
-        outputs[part] = values
+    parts, values = zip(*sum(gather_objects(found), []))
+    outputs = np.concatenate(values)[np.argsort(np.concatenate(parts))]  # in the order of the examples
     if np.isnan(outputs).any():
         raise InputError("the model's outputs are not numbers: choose a smaller --learning_rate.")
     return a_set.decode(outputs)
@@ -753,9 +717,8 @@ def line(first, epoch, step, loss, scores, last=""):
 
 
 def fine_tune(task, args, start, sets, seed, device, autocast):
-    """One run -> (model, record for result.json, best state, state after the last step)"""
-    began, name = time.monotonic(), task["name"]
-    examples = sets["train"][name].examples
+    """One run -> (record for result.json, states by file, the best one's predictions for dev and test)"""
+    began, examples = time.monotonic(), sets["train"][0].examples
     torch.manual_seed(seed)
     model = Model(task, start.config, args.dropout)
     if start.weights:
@@ -764,13 +727,13 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     if WORLD > 1:
-        ddp = DistributedDataParallel(model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None)
+        ddp = nn.parallel.DistributedDataParallel(model, [LOCAL_RANK] if args.device == "cuda" else None)
     lengths = np.array([len(example["tokens"]) for example in examples])
     upcoming = (indices for epoch in range(args.epochs)
                 for indices in batches(lengths, args.batch_size, seed, epoch))
     per_epoch, best, done, training = args.max_steps // args.epochs, None, 0, 0.0
-    progress = Progress(f"{name}, seed {seed}", args.epochs * len(examples), "examples", 1)
-    running, steps, since = torch.zeros((), device=device), 0, time.monotonic()
+    progress = Progress(f"{task['name']}, seed {seed}", args.epochs * len(examples), "examples", 1)
+    losses, since = [], time.monotonic()  # since the last validation
     for step, indices in enumerate(upcoming):
         mine = indices[RANK::WORLD]  # none, if the batch is smaller than the number of processes
         batch = collate([examples[i] for i in (mine if len(mine) else indices[:1])], start.config.pad_id)
@@ -786,7 +749,8 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        running, steps, done = running + loss.detach(), steps + 1, done + len(indices)
+        losses.append(loss.detach())
+        done += len(indices)
         if RANK == 0:
             progress(done)
 
@@ -794,59 +758,52 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
         step += 1
         if 2 * step // per_epoch == 2 * (step - 1) // per_epoch:
             continue
-        mean = sum_over_processes(running).item() / steps
+        mean = sum_over_processes(sum(losses)).item() / len(losses)
         training += time.monotonic() - since
         if not math.isfinite(mean):
-            raise InputError(f"{name}, seed {seed}: the loss is {mean} at step {step}; choose a smaller "
-                             f"--learning_rate.")
-        predicted = {set_name: predict_set(model, dev, autocast) for set_name, dev in sets["dev"].items()}
-        last = {"step": step, "scores": dev_scores(sets["dev"], predicted), "predicted": predicted}
-        better = best is None or selecting(task, last["scores"]) > selecting(task, best["scores"])
-        if better or step == args.max_steps:
-            last["model"] = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-        best = last if better else best
+            raise InputError(f"seed {seed}: the loss is {mean} at step {step}; choose a lower learning_rate.")
+        predicted = [predict_set(model, dev, autocast) for dev in sets["dev"]]
+        last = {"seed": seed, "step": step, "scores": dev_scores(sets["dev"], predicted),
+                "model": {key: value.cpu().clone() for key, value in model.state_dict().items()}}
+        if best is None or selecting(task, last["scores"]) > selecting(task, best["scores"]):
+            best, best_predicted = last, predicted
         say(line(f"seed {seed}", f"{step / per_epoch:.2f}", f"{step:,}/{args.max_steps:,}", f"{mean:.4f}",
-                 last["scores"], "best" * better))
-        running, steps, since = torch.zeros((), device=device), 0, time.monotonic()
+                 last["scores"], "best" * (best is last)))
+        losses, since = [], time.monotonic()
     record = {"seed": seed, "metrics": best["scores"], "best_step": best["step"], "last": last["scores"],
               "steps": args.max_steps, "seconds": round(time.monotonic() - began, 3),
               "examples_per_second": round(done / training, 2)}
-    return model, record, best, last
+    model.load_state_dict(best["model"])
+    predicted = best_predicted + [predict_set(model, test, autocast) for test in sets["test"]]
+    return record, {"best.pt": best, "last.pt": last}, predicted
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Results: out_dir/TASK/ and its seedN/
 
 
-def places_of(folder):
-    """The folders of all seeds that out_dir/TASK/ holds."""
-    return [place for place in folder.glob("seed*") if place.name[4:].isdecimal()]
-
-
 def delete_results(folder, name):
-    """Deletes our own files, the record of a seed first: it is then not finished. Those of a user stay."""
-    for place in [*places_of(folder), folder]:
-        for ours in ("result.json", "results.json", "best.pt", "last.pt", "predictions/*.json",
-                     f"predictions/{name}*.tsv"):
-            for path in place.glob(ours):
-                path.unlink()
+    """Deletes our own files in a folder and in its seedN/. Those of a user stay."""
+    tables = rf"{re.escape(name)}(-mm?)?(\.dev)?\.tsv"  # those of MNLI are MNLI-m and MNLI-mm
+    predictions = rf"predictions/((predictions|null_odds|submission)\.json|{tables})"
+    ours = re.compile(rf"(seed\d+/)?(best\.pt|last\.pt|results?\.json|{predictions})")
+    for path in sorted(folder.rglob("*")):
+        if ours.fullmatch(path.relative_to(folder).as_posix()):
+            path.unlink()
 
 
 def finished_runs(folder, settings):
-    """seed -> record of the finished seeds. Results of other settings are refused."""
+    """seed -> record of the seeds that have it and a best.pt. Results of other settings are refused."""
     runs = {}
-    for path in (place / "result.json" for place in places_of(folder) if (place / "result.json").exists()):
-        try:
-            record = json.loads(path.read_text())
-            before, runs[record["seed"]] = dict(record.pop("settings")), record
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error!r}): delete its folder.") from None
+    for path in [path for path in folder.glob("seed*/result.json") if path.parent.name[4:].isdecimal()]:
+        record = json.loads(path.read_text())
+        before = record.pop("settings")
         if other := [f"{name} was {before.get(name)} and is {now}" for name, now in settings.items()
                      if before.get(name) != now]:
             raise InputError(f"{path} has results of other settings ({'; '.join(other)}): choose another "
                              f"--out_dir, or replace them with --overwrite=True.")
-        if not path.with_name("best.pt").exists():
-            raise InputError(f"{path.parent} has no best.pt: delete the folder to run its seed again.")
+        if path.with_name("best.pt").exists():
+            runs[record["seed"]] = record
     return runs
 
 
@@ -858,14 +815,13 @@ def write_summary(folder, task, runs, about):
     for file in (best / "predictions").iterdir():
         write_file(folder / "predictions" / file.name, file.read_text(encoding="utf-8"))
     write_file(folder / "best.pt", read_checkpoint(best / "best.pt"))
-    results = {"task": task["name"], "metrics": {}, "minimum": {}, "maximum": {}, "seeds": len(runs), **about}
-    for metric in runs[0]["metrics"]:
-        values = [run["metrics"][metric] for run in runs]
-        results["metrics"][metric] = float(np.median(values))
-        results["minimum"][metric], results["maximum"][metric] = min(values), max(values)
-    results["seconds"] = round(sum(run["seconds"] for run in runs), 3)
-    slowness = sum(1 / run["examples_per_second"] for run in runs)
-    results |= {"examples_per_second": round(len(runs) / slowness, 2), "runs": runs}
+    scores = {metric: [run["metrics"][metric] for run in runs] for metric in runs[0]["metrics"]}
+    results = {"task": task["name"]}
+    for key, summary in (("metrics", np.median), ("minimum", min), ("maximum", max)):
+        results[key] = {metric: float(summary(values)) for metric, values in scores.items()}
+    speed = float(np.median([run["examples_per_second"] for run in runs]))
+    results |= {"seeds": len(runs), **about, "seconds": round(sum(run["seconds"] for run in runs), 3),
+                "examples_per_second": speed, "runs": runs}
     write_file(folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -876,30 +832,29 @@ def write_summary(folder, task, runs, about):
 
 def open_start(args):
     """What fine-tuning starts from: config, tokenizer, weights of the main Transformer (None: untrained),
-    path, step, checksum; identity: the checksum, also of an untrained model."""
+    step, checksum; identity: the checksum, also of an untrained model; shape: what every best.pt repeats."""
     scratch = args.init_from == "scratch"
     if args.preset and not scratch:
         raise InputError("--preset needs --init_from=scratch.")
     source = Path(args.tokenizer_from if scratch else args.init_from)
-    start = SimpleNamespace(path=args.init_from, step=0, checksum=None, weights=None, config=None)
+    start = SimpleNamespace(step=0, checksum=None, weights=None, config=None)
     if scratch and not source.is_file():
         start.tokenizer = Tokenizer.load(source)
     else:
         saved = read_checkpoint(source)
         if "task" in saved:
-            raise InputError(f"{source} is fine-tuned already: use it with --predict=FILE, or give a "
-                             f"checkpoint of train.py.")
+            raise InputError(f"{source} is fine-tuned already: use --predict=FILE, or another --init_from.")
         model, start.tokenizer = load_checkpoint(source)
         start.config = model.config
     if not scratch:
         start.step, start.weights = saved["step"], model.main.state_dict()
-        start.identity = start.checksum = checksum(weights_file(source))
-        return start
-    if args.preset or not start.config:
+        start.checksum = checksum(weights_file(source))
+    elif args.preset or not start.config:
         ids = {name: getattr(start.tokenizer, name) for name in ("vocab_size", "pad_id", "mask_id")}
         start.config = Config.from_preset(args.preset or "tiny", **ids)
-    content = json.dumps([dataclasses.asdict(start.config), start.tokenizer.state()], sort_keys=True)
-    start.identity = f"untrained {hashlib.sha256(content.encode()).hexdigest()}"
+    start.shape = {"config": vars(start.config), "tokenizer": start.tokenizer.state()}
+    content = json.dumps([*start.shape.values()], sort_keys=True).encode()
+    start.identity = start.checksum or f"untrained {hashlib.sha256(content).hexdigest()}"
     return start
 
 
@@ -910,8 +865,7 @@ def settings_of(task, args, config):
                   task["large" if config.width >= PRESETS["large++"]["width"] else "base"])
     args = SimpleNamespace(**values | {key: value for key, value in vars(args).items() if value is not None})
     if args.max_len > config.max_len:
-        raise InputError(f"max_len={args.max_len} is more than the model's {config.max_len} positions: "
-                         f"choose a smaller --max_len.")
+        raise InputError(f"max_len={args.max_len} has to be at most the model's {config.max_len} positions.")
     return args
 
 
@@ -921,22 +875,18 @@ def run_task(task, args, start, device, autocast):
     folder = Path(args.out_dir, name)
     sets, identity = read_task(task, args.data_dir, start.tokenizer, args.max_len)
     settings = {key: getattr(args, key) for key in DECISIVE} | {"model": start.identity, "data": identity}
-    train, dev = sets["train"][name], sets["dev"]
+    train, dev = sets["train"][0], sets["dev"]
     args.max_steps = math.ceil(len(train.examples) / args.batch_size) * args.epochs
     args.warmup_steps = round(args.warmup_fraction * args.max_steps)
-    baseline = dev_scores(dev, {set_name: a_set.constant(train) for set_name, a_set in dev.items()})
-    common = {"task": task, "settings": settings, "config": dataclasses.asdict(start.config),
-              "tokenizer": start.tokenizer.state()}
+    baseline = dev_scores(dev, [a_set.constant(train) for a_set in dev])
     about = {"baseline": baseline, "examples": len(train), "step": start.step, "checksum": start.checksum,
-             "init_from": start.path, "settings": settings}
+             "init_from": args.init_from, "settings": settings}
     longest = sum(len(example["tokens"]) == args.max_len for example in train.examples)
-    columns = ""
-    if "own" in task:
+    say(f"\n{name} from {args.init_from}, step {start.step:,}")
+    if "labels" in task:
         labels = ", ".join(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
-        columns = f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}\n"
-    say(f"\n{name} from {start.path}, step {start.step:,}\n"
-        f"{columns}"
-        f"  {len(train.examples):,} training sequences, {longest:,} of max_len={args.max_len} tokens\n"
+        say(f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}")
+    say(f"  {len(train.examples):,} training sequences, {longest:,} of max_len={args.max_len} tokens\n"
         f"  {', '.join(f'{key} {settings[key]:.4g}' for key in DECISIVE[:4])}\n"
         f"  {args.device}, {args.dtype}, processes {WORLD}\n"
         f"  baseline: always the most frequent answer of train (its mean score), scored on dev\n\n"
@@ -945,34 +895,27 @@ def run_task(task, args, start, device, autocast):
     with lock(folder) if RANK == 0 else contextlib.nullcontext():
         if RANK == 0 and args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             delete_results(folder, name)
-        runs, results = finished_runs(folder, settings) if RANK == 0 else {}, None
-        if WORLD > 1:
-            everywhere = [None] * WORLD
-            dist.all_gather_object(everywhere, (settings, runs))
-            theirs, runs = everywhere[0]
-            if theirs != settings:
-                raise InputError("all processes need the same data and checkpoint: their checksums differ.")
+        runs, results = finished_runs(folder, settings) if RANK == 0 else None, None
+        theirs, runs = gather_objects((settings, runs))[0]
+        if theirs != settings:
+            raise InputError("all processes need the same data and checkpoint: their checksums differ.")
         for seed in range(args.seed, args.seed + args.seeds):
             if seed in runs:
                 say(line(f"seed {seed}", "", "finished before", "", runs[seed]["metrics"]))
                 continue
-            model, runs[seed], best, last = fine_tune(task, args, start, sets, seed, device, autocast)
-            model.load_state_dict(best["model"])
-            test = {set_name: predict_set(model, a_set, autocast) for set_name, a_set in sets["test"].items()}
+            runs[seed], states, predicted = fine_tune(task, args, start, sets, seed, device, autocast)
             if RANK == 0:
                 place = folder / f"seed{seed}"
                 (place / "predictions").mkdir(parents=True, exist_ok=True)
-                for split, predicted in (("dev", best["predicted"]), ("test", test)):
-                    for set_name, a_set in sets[split].items():
-                        for file, text in a_set.files(predicted[set_name]).items():
-                            write_file(place / "predictions" / file, text)
-                for file, state in (("best.pt", best), ("last.pt", last)):
-                    content = {key: state[key] for key in ("model", "step", "scores")}
-                    write_file(place / file, common | content | {"seed": seed})
-                record = runs[seed] | {"settings": settings}
-                write_file(place / "result.json", json.dumps(record, indent=1) + "\n")
+                for a_set, each in zip(dev + sets["test"], predicted, strict=True):
+                    for file, text in a_set.files(each).items():
+                        write_file(place / "predictions" / file, text)
+                for file, state in states.items():
+                    write_file(place / file, start.shape | {"task": task, "settings": settings} | state)
+                record = json.dumps(runs[seed] | {"settings": settings}, indent=1)
+                write_file(place / "result.json", record + "\n")
                 results = write_summary(folder, task, runs, about)
-            if selecting(task, best["scores"]) <= selecting(task, baseline) + 1e-9:
+            if selecting(task, runs[seed]["metrics"]) <= selecting(task, baseline) + 1e-9:
                 say(f"warning: {name}, seed {seed} is not better than the baseline: it learned nothing that\n"
                     f"  shows. Try a larger --learning_rate or more --epochs; small models want both.")
         if RANK == 0:
@@ -991,8 +934,7 @@ def average(results):
         each = {result["task"]: selecting(TASKS[result["task"]], result[key]) for result in results}
         last[key] = {"average": float(np.mean(list(each.values()))), **each}
     last |= {key: sum(result[key] for result in results) for key in ("examples", "seconds")}
-    speed = len(results) / sum(1 / result["examples_per_second"] for result in results)
-    return last | {"examples_per_second": round(speed, 2)}
+    return last | {"examples_per_second": float(np.median([r["examples_per_second"] for r in results]))}
 
 
 def fine_tune_all(args, device, autocast):
