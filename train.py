@@ -7,16 +7,10 @@
 To change something, edit a constant or give --name=value. What is learned, and with it most ablations, is in
 model.py's Config; the presets' sizes are in model.py's PRESETS, their schedules in SCHEDULES below, and all
 else in the constants below. The command line overrides them all.
-
-From a checkpoint back to a model, in a notebook:
-
-    from train import load_checkpoint
-    model, tokenizer = load_checkpoint("out/ckpt.pt")
 """
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import math
 import os
@@ -39,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import InputError, Parser, Sequences, Tokenizer, batches, run_command
-from model import COCOLM, PRESETS, Config, flops, from_release
+from model import COCOLM, PRESETS, Config, flops, from_release, pair
 
 # ------------------------------------------------------------------------------------------------------------
 # Constants. The type says what a value may be: Annotated[float, 0, 1] is a number from 0 to 1.
@@ -114,28 +108,22 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # Settings
 
 
-def sizes_of(path, preset):
-    """The sizes of a checkpoint, and its preset, or else one of these sizes, or else `preset`."""
-    checkpoint = read_checkpoint(path)
-    sizes = {name: checkpoint["config"][name] for name in SIZES}
-    alike = [name for name, row in PRESETS.items()
-             if all(row.get(size, sizes[size]) == sizes[size] for size in SIZES - MAY_DIFFER)]
-    return sizes, checkpoint.get("settings", {}).get("preset", [*alike, preset][0])
-
-
 def read_settings(argv):
-    """The constants, overridden by the preset's values and the command line, in one namespace."""
+    """The constants, overridden by preset, checkpoint (its sizes) and command line, in one namespace."""
     parser = Parser(__doc__, sys.modules[__name__], Config, without=("vocab_size", "pad_id", "mask_id"))
     args, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     may_shrink = args.micro_batch_size is None  # it was not given, so it is made to fit
-    chosen, sizes = args.preset, {}
+    preset, values = args.preset, SCHEDULES[args.preset] | PRESETS[args.preset]
     if args.init_from not in STARTS:
-        sizes, chosen = sizes_of(args.init_from, args.preset)
-        if chosen != args.preset and any(word.startswith("--preset") for word in argv):
-            chosen, sizes = args.preset, {}  # take_weights refuses other sizes than the checkpoint's
-    values = SCHEDULES[chosen] | PRESETS[chosen] | sizes
+        checkpoint = read_checkpoint(args.init_from)
+        sizes = {name: checkpoint["config"][name] for name in SIZES}
+        alike = [name for name, row in PRESETS.items()
+                 if all(row.get(size, sizes[size]) == sizes[size] for size in SIZES - MAY_DIFFER)]
+        theirs = checkpoint.get("settings", {}).get("preset", [*alike, preset][0])
+        if theirs == preset or not any(word.startswith("--preset") for word in argv):  # or it is refused
+            preset, values = theirs, SCHEDULES[theirs] | PRESETS[theirs] | sizes
     defaults = {name: str(globals().get(name, value)) for name, value in values.items()}
-    parser.set_defaults(preset=chosen, **defaults)
+    parser.set_defaults(preset=preset, **defaults)
     args = parser.parse_args(argv)
 
     args.processes, (share, rest) = WORLD, divmod(args.batch_size, WORLD)  # share: sequences of a process
@@ -156,9 +144,9 @@ def read_settings(argv):
 
 
 def make_config(args, **vocabulary):
-    names = {field.name for field in dataclasses.fields(Config)} & set(vars(args))
+    settings = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
     try:
-        return Config(**{name: getattr(args, name) for name in names}, **vocabulary)
+        return Config(**settings, **vocabulary)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -184,12 +172,10 @@ def choose_hardware(args):
 
 
 def keep_memory():
-    """Lets the process keep the memory that it frees. glibc would return it to the system and get it back
-    page by page, which is a fifth of a step of preset small on the CPU."""
-    m_trim_threshold, m_mmap_max = -1, -4
+    """Keeps freed memory. To get it back page by page takes a fifth of a step of preset small on the CPU."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").mallopt(m_mmap_max, 0)
-        ctypes.CDLL("libc.so.6").mallopt(m_trim_threshold, -1)
+        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -280,19 +266,16 @@ def write_file(path, content, before=None):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise InputError(f"{path} cannot be written ({reason}).") from None
+        raise InputError(f"{path} cannot be written ({error.__context__ or error}).") from None
 
 
 def weights_file(path):
     """The file that holds the weights: path, or one in that folder if it is of a released model."""
     names = ("model.pt", "model.safetensors", "pytorch_model.bin")
-    if not Path(path).is_dir():
-        return Path(path)
-    for file in (Path(path, name) for name in names):
-        if file.exists():
-            return file
-    raise InputError(f"{path} is a folder without {', '.join(names)}: give the path of a checkpoint.")
+    found = [Path(path, name) for name in names if Path(path, name).exists()]
+    if Path(path).is_dir() and not found:
+        raise InputError(f"{path} is a folder without {', '.join(names)}: give the path of a checkpoint.")
+    return found[0] if found else Path(path)
 
 
 def read_checkpoint(path, *more):
@@ -326,7 +309,7 @@ def read_release(file, saved):
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
         raise InputError(f"{file} is neither a checkpoint nor a released model ({error}).") from None
     tokenizer = data.ReleasedTokenizer.read(file.parent, config.vocab_size)
-    return {"model": weights, "step": 0, "config": dataclasses.asdict(config),
+    return {"model": weights, "step": 0, "config": vars(config),
             "tokenizer": tokenizer.state(), "differ": differ}
 
 
@@ -379,24 +362,21 @@ def take_weights(model, path, tokenizer, part=""):
 
 def copy_weights(model, checkpoint, path, part=""):
     """Copies what a checkpoint has of `part`. Says what starts anew, and what is not used."""
-    theirs, ours = checkpoint["model"], model.state_dict()
     # only a frozen auxiliary has embeddings of its own; any other uses the main model's
-    shared = () if model.config.corruption == "frozen" else ("auxiliary.embeddings.",)
-    wanted = [name for name in ours if name.startswith(part) and not name.startswith(shared)]
-    found = {name: theirs[name] for name in wanted
-             if name in theirs and theirs[name].shape == ours[name].shape}
-    new = [name for name in wanted if name not in found]
-    if not found or any(name.startswith("main.") for name in new):
-        raise InputError(f"{path} has no {part.rstrip('.') or new[0]}.")
+    shared = () if model.config.corruption == "frozen" else "auxiliary.embeddings."
+    theirs, ours = checkpoint["model"], model.state_dict()
+    names = [name for name in theirs | ours if name.startswith(part) and not name.startswith(shared)]
+    found = {name: theirs[name] for name in names
+             if name in theirs and name in ours and theirs[name].shape == ours[name].shape}
+    new, unused = ([name for name in names if name in side and name not in found] for side in (ours, theirs))
+    if lost := [name for name in new if name.startswith(part or "main.")]:
+        raise InputError(f"{path} has no {lost[0]}.")
     model.load_state_dict(found, strict=False)
     groups = dict.fromkeys(name.split(".")[0] for name in new)
+    anew = [group + " (in part)" * any(name.startswith(group) for name in found) for group in groups]
     say(f"weights from {path}: {len(found)} tensors")
-    for what, names in (
-        ("start anew", [group + " (in part)" * any(n.startswith(group) for n in found) for group in groups]),
-        ("its own there, the main Transformer's here", shared and checkpoint.get("differ")),
-        ("not used", [name for name in theirs if name.startswith(part) and name not in found
-                      and not name.startswith(shared)]),
-    ):
+    for what, names in (("start anew", anew), ("not used", unused),
+                        ("its own there, the main Transformer's here", shared and checkpoint.get("differ"))):
         if names:
             say(f"  {what}: {', '.join(names)}")
 
@@ -433,10 +413,9 @@ def to_device(batch, device):
 
 def add(totals, losses, statistics):
     """Adds the results of a pass to name -> (sum, count)."""
-    pairs = {name: torch.stack([loss.detach().float(), torch.ones_like(loss).float()])
-             for name, loss in losses.items()}
-    for name, pair in {**pairs, **(statistics or {})}.items():
-        totals[name] = totals.get(name, 0) + pair
+    pairs = {name: pair(loss.detach()) for name, loss in losses.items()}
+    for name, sum_and_count in {**pairs, **(statistics or {})}.items():
+        totals[name] = totals.get(name, 0) + sum_and_count
 
 
 def means(totals):
@@ -456,12 +435,11 @@ def area_under_roc(scores, positive):
 
 @torch.no_grad()
 def evaluate(model, sequences, args, device, autocast):
-    """Mean losses and statistics on validation text: the same sequences with the same masks every time."""
+    """Means over validation text, with the same masks every time; the last batch and its predictions."""
     model.eval()
     totals, scores, micro = {}, [], args.micro_batch_size
     for part in range(min(args.eval_batches * args.accumulation, len(sequences) // (WORLD * micro))):
-        first = (part * WORLD + RANK) * micro
-        rows = range(first, first + micro)
+        rows = (part * WORLD + RANK) * micro + np.arange(micro)
         batch = to_device(sequences.batch(step=0, indices=rows, batch_size=len(sequences)), device)
         with autocast:
             losses, statistics, predictions = model(batch, gather)
@@ -475,7 +453,7 @@ def evaluate(model, sequences, args, device, autocast):
     if scores:
         score, same = gather(torch.cat(scores)).cpu().numpy().T
         result["copy_auc"] = area_under_roc(score, same > 0)
-    return result
+    return result, batch, predictions
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -491,15 +469,14 @@ class Log:
     def __init__(self, path, header, start, changes):
         """start: the step to which the log of a resumed run is cut back; changes: of its settings"""
         rows = []
-        if start and path.exists():
-            with contextlib.suppress(ValueError):  # a crash may have torn the last line
-                for line in path.read_bytes().splitlines():
-                    rows.append(json.loads(line))
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a crash may have torn the last line
+            for line in path.read_bytes().splitlines() if start else ():
+                rows.append(json.loads(line))
         rows = [row for row in rows if row.get("step", 0) <= start] or [header]
         if changes:
             rows[0].setdefault("resumed", []).append({"step": start, **changes})
         write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.path, self.file = path, open(path, "ab")
+        self.path, self.file = path, open(path, "a")
         self.began = time.monotonic() - rows[-1].get("seconds", 0.0)
         say("\n    step split" + "".join(f"{t:>8}" for t in self.columns.values()) + "  tokens/s  time left")
 
@@ -508,8 +485,7 @@ class Log:
         row = {"split": split, "step": step, "seconds": round(time.monotonic() - self.began, 3)}
         row |= {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         try:
-            self.file.write((json.dumps(row) + "\n").encode())
-            self.file.flush()
+            print(json.dumps(row), file=self.file, flush=True)
         except OSError as error:
             raise InputError(f"{self.path} cannot be written ({error.strerror}).") from None
         cells = [" " * 8 if row.get(name) is None else f" {row[name]:7.4g}" for name in self.columns]
@@ -520,19 +496,8 @@ class Log:
         say(line.rstrip())
 
 
-def count_parameters(model):
-    """Trained and frozen ones, each tensor once."""
-    main = set(model.main.parameters())
-    auxiliary = set(model.auxiliary.parameters()) if hasattr(model, "auxiliary") else set()
-    parts = {"main": main - auxiliary, "auxiliary": auxiliary - main, "shared": main & auxiliary,
-             "heads": set(model.parameters()) - main - auxiliary}
-    return {name: sum(p.numel() for p in part) for name, part in parts.items()}
-
-
-@torch.no_grad()
-def show_what_was_learned(model, batch, tokenizer, text, final, args):
+def show_what_was_learned(batch, predictions, tokenizer, text, final, args):
     """Validation text, what the auxiliary made of it, and what the main model says to that; the scores."""
-    predictions = model.eval()(batch)[2]
     say("\n  validation text, with [original: what the auxiliary put, p(original) > main model's correction]")
     for row, tokens in enumerate(batch["tokens"][:2]):
         words, corrupted = tokenizer.pieces(tokens), predictions["corrupted"][row]
@@ -547,14 +512,12 @@ def show_what_was_learned(model, batch, tokenizer, text, final, args):
         lines = textwrap.wrap("".join(words[1:]), 96)[:5]
         say("", *(f"  {line}" for line in lines), sep="\n")
 
-    counts = np.bincount(text, minlength=tokenizer.vocab_size)
-    counts[tokenizer.sep_id] = 0  # never masked
+    counts = np.bincount(text[text != tokenizer.sep_id])  # [SEP] is never masked
     share = counts[counts > 0] / counts.sum()
-    entropy, most_frequent = -(share * np.log(share)).sum(), share.max()
     nothing_learned = {  # token frequencies alone, "all is original", chance, all texts look the same
-        "mlm_loss": ("↓", entropy), "copy_accuracy_replaced": ("↑", 0.0), "copy_auc": ("↑", 0.5),
-        "lm_accuracy_replaced": ("↑", most_frequent), "scl_accuracy": ("↑", 1 / (args.negatives + 1)),
-        "mean_cosine": ("↓", 1.0),
+        "mlm_loss": ("↓", -(share * np.log(share)).sum()), "copy_accuracy_replaced": ("↑", 0.0),
+        "copy_auc": ("↑", 0.5), "lm_accuracy_replaced": ("↑", share.max()),
+        "scl_accuracy": ("↑", 1 / (args.negatives + 1)), "mean_cosine": ("↓", 1.0),
     }
     say(f"\n  {'on validation text':26}{'this model':>12}{'nothing learned':>17}")
     for name, (better, floor) in nothing_learned.items():
@@ -632,22 +595,16 @@ def main(argv):
         return say(f"{out} is finished: step {start:,} of max_steps={args.max_steps:,}.")
     model.main.recompute = args.recompute
     model.to(device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, skipped = make_optimizer(model, args), 0  # steps that float16's scaler skipped
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     if checkpoint:
-        groups = optimizer.state_dict()["param_groups"]  # of these settings and this device
-        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-        skipped = checkpoint["skipped"]
-        if checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
-        checkpoint = None  # frees its memory
+        # the groups stay those of these settings and this device, and a scaler may be new
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+        skipped, checkpoint = checkpoint["skipped"], None  # None frees its memory
     if args.compile:
         model.passes = torch.compile(model.passes, dynamic=False)  # all but what crosses processes
-    ddp = model
-    if WORLD > 1:
-        ddp = DistributedDataParallel(model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None,
-                                      gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     # Two unused passes. After the first one DDP sorts its buckets, and with them the order of sums: a resumed
     # run then adds in the order of an undisturbed one. The second one tells how long the run will take.
     example = to_device(train.batch(0, range(args.micro_batch_size), args.batch_size), device)
@@ -661,7 +618,9 @@ def main(argv):
     step_seconds = (time.perf_counter() - began) * args.accumulation
 
     # the report and the log
-    counts, step_tokens = count_parameters(model), args.batch_size * args.max_len
+    step_tokens = args.batch_size * args.max_len
+    counts = {name: sum(p.numel() for p in part.parameters())  # both Transformers count what they share
+              for name, part in (("all", model), *model.named_children())}
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     known = [rate for gpu, rate in PEAK.items() if gpu in hardware and args.dtype != "float32"]
     peak = 1e12 * WORLD * known[0] if known else math.nan
@@ -686,7 +645,7 @@ def main(argv):
             if re.fullmatch(r"ckpt(\.prev|\.\d+)?\." + ("partial" if start else "(pt|partial)"), file.name):
                 file.unlink()
         header = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": hardware, "dtype": args.dtype,
-                  "compiled": args.compile, "parameters": counts, "config": dataclasses.asdict(config),
+                  "compiled": args.compile, "parameters": counts, "config": vars(config),
                   "constants": settings, "versions": {
                       "python": platform.python_version(), "torch": str(torch.__version__),
                       "numpy": np.__version__, "tiktoken": data.tiktoken.__version__}}
@@ -701,7 +660,7 @@ def main(argv):
 
         # validate, save, leave (a resumed run has validated before it saved)
         if last or step % args.eval_interval == 0 and (step > start or start == 0):
-            final = evaluate(model, val, args, device, autocast)
+            final, batch, predictions = evaluate(model, val, args, device, autocast)
             if RANK == 0:
                 log.write("val", step, {"tokens": step * step_tokens, **final})
             if step > args.warmup_steps and final["mean_cosine"] > 0.99:
@@ -710,7 +669,7 @@ def main(argv):
         keep = step and args.keep_interval and step % args.keep_interval == 0
         if RANK == 0 and (due or keep):
             checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                          "config": dataclasses.asdict(config), "settings": settings, "skipped": skipped,
+                          "config": vars(config), "settings": settings, "skipped": skipped,
                           "scaler": scaler.state_dict(), "tokenizer": tokenizer.state()}
             os.fsync(log.file.fileno())
             try:
@@ -735,16 +694,15 @@ def main(argv):
             scaler.scale(losses["loss"] / args.accumulation).backward()
             add(totals, losses, statistics)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
         # mostly the only wait for the device: is all finite, and was a signal received, on any process?
-        finite = torch.stack([totals[name][0] for name in losses]).isfinite().all()
-        signalled = torch.full((), float(received[0][0] if received else 0), device=device)
+        finite = totals["loss"][0].isfinite()  # and with it all terms
+        signalled = torch.full_like(norm, received[0][0] if received else 0)
         flags = torch.stack([1 - finite.float(), signalled, norm])
         if WORLD > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         bad, stop, grad_norm = flags.tolist()
-        stop = int(stop)
         if not math.isfinite(grad_norm):  # float16 skips such a step and halves its scale, but not for ever
             skipped += 1
             bad = bad or not scaler.is_enabled() or scaler.get_scale() < 2**-20
@@ -757,7 +715,6 @@ def main(argv):
         lr = learning_rate_at(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.nn.utils.clip_grads_with_norm_(parameters, args.grad_clip or math.inf, norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -783,11 +740,9 @@ def main(argv):
                  f" a smaller learning rate or a longer warm-up may help.")
     if stop and not last:
         say(f"stopped by {signal.Signals(stop).name} after step {step:,}; --init_from=resume continues")
-        sys.exit(128 + stop)
+        sys.exit(128 + int(stop))
     if RANK == 0:
-        with autocast:
-            batch = val.batch(step=0, indices=range(args.micro_batch_size), batch_size=len(val))
-            show_what_was_learned(model, to_device(batch, device), tokenizer, val.tokens, final, args)
+        show_what_was_learned(batch, predictions, tokenizer, val.tokens, final, args)
         say(f"\nthe checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 
