@@ -23,7 +23,6 @@ import inspect
 import itertools
 import json
 import os
-import platform
 import re
 import signal
 import sys
@@ -60,15 +59,10 @@ class InputError(Exception):
 
 
 def read_option(hint, may_be_empty, text):
-    """The value of an option with this annotation.
-
-        Literal["bpe", "gpt2"]      one of these
-        Annotated[float, 0, 1]      a number from 0 to 1
-        bool, str                   True or False; a text, where ~ is the home folder
-    """
+    """The value of an option whose type is str, bool, Literal["bpe", "gpt2"] or Annotated[float, 0, 1]."""
     if hint is str:
         if text or may_be_empty:
-            return os.path.expanduser(text)
+            return os.path.expanduser(text)  # ~ is the home folder
         wanted = "a text"
     elif get_origin(hint) is Annotated:
         kind, low, high = get_args(hint)
@@ -107,10 +101,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Runs a command's main. An error that its user can mend is one sentence, without a traceback.
-
-    Of several processes process 0 says what all would say: the others wait, and torchrun ends them meanwhile.
-    """
+    """Runs a command's main. An error that its user can mend is one sentence, without a traceback."""
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
     for name in ("SIGTERM", "SIGHUP"):  # so that it cleans up on its way out; nohup ignores SIGHUP
@@ -130,7 +121,7 @@ def run_command(main):
             raise
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank > 0:
-        time.sleep(3)
+        time.sleep(3)  # process 0 says what all would say, and torchrun ends the others meanwhile
     print(f"{Path(sys.argv[0]).name}{f', process {rank}' * several}: {message}", file=sys.stderr, flush=True)
     (os._exit if several else sys.exit)(status)  # an orderly exit would wait for processes that have ended
 
@@ -173,15 +164,12 @@ def in_parallel(function, items, workers):
     try:
         for _ in range(workers):
             pool.submit(int)  # starts a worker
-    finally:
         signal.signal(signal.SIGINT, handler)
-    try:
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from (future.result() for future in pending)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -232,10 +220,7 @@ def prose(text):
 
 
 def read_docs(workers):
-    """The lines of the default text: a document per source file, with a blank line after it.
-
-    Each paragraph occurs once, so none is in both splits.
-    """
+    """The lines of the default text: a document per source file; each paragraph once, so in one split."""
     files, seen = docs_files(), set()
     progress = Progress("reading documentation", len(files), "files", 1)
     for number, paragraphs in enumerate(in_parallel(docs_paragraphs, files, workers), 1):
@@ -283,21 +268,22 @@ def read_lines(path):
         raise InputError(f"{path}: damaged gzip file ({error}).") from None
 
 
-def read_file(path, field="text", document_per_file=False):
-    """Lines of a file, and None where a document ends. A line that cannot be read is refused."""
-    jsonl = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
-    for number, line in read_lines(path):
-        if not jsonl:
-            yield line if line.strip() or document_per_file else None
-        elif line.strip():
-            try:  # JSON alone can spell half a character: "\ud83d"
-                text = re.sub("[\ud800-\udfff]", "\ufffd", json.loads(line)[field])
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(f'{path}, line {number}: no JSON with a text in "{field}" ({error!r}).'
-                                 ) from None
-            yield from text.splitlines(keepends=True)
-            yield None
-    yield None
+def read_documents(files, field, document_per_file):
+    """Lines of text files, and None where a document ends. A line that cannot be read is refused."""
+    for path in files:
+        jsonl = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+        for number, line in read_lines(path):
+            if not jsonl:
+                yield line if line.strip() or document_per_file else None
+            elif line.strip():
+                try:  # JSON alone can spell half a character: "\ud83d"
+                    text = re.sub("[\ud800-\udfff]", "\ufffd", json.loads(line)[field])
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    reason = f'no JSON with a text in "{field}" ({error!r})'
+                    raise InputError(f"{path}, line {number}: {reason}.") from None
+                yield from text.splitlines(keepends=True)
+                yield None
+        yield None
 
 
 def pieces(lines):
@@ -345,10 +331,7 @@ def fingerprint(text):
 
 
 def lower(text):
-    """Lowercase, so that character i of the result is character i of the text.
-
-    str.lower alone makes two characters of İ, and one of two forms of Σ, by its neighbours.
-    """
+    """Lowercase, character by character: str.lower makes two of İ, and looks at the neighbours of Σ."""
     return "İ".join(part.lower() for part in text.replace("Σ", "σ").split("İ"))
 
 
@@ -415,7 +398,7 @@ class Tokenizer:
     """
 
     files = {"tokenizer.tiktoken"}  # in the folder of a corpus
-    max_len = 512  # tokens of a sequence, if batch() is not told another number
+    max_len = 512  # tokens of a sequence by default; load_checkpoint sets it to the model's positions
 
     def __init__(self, ranks, pattern, lowercase):
         self.ranks, self.pattern, self.lowercase = ranks, pattern, lowercase
@@ -448,11 +431,7 @@ class Tokenizer:
         return [self.cls_id, *a[: room - keep_b], self.sep_id, self.sep_id, *b[:keep_b], self.sep_id]
 
     def batch(self, texts, pairs=None, max_len=None):
-        """Token ids of a list of texts, or of texts and their pairs: an int64 tensor (B, T), padded.
-
-        max_len: tokens of a sequence, special ones included; the rest is cut. Default: self.max_len, which
-        load_checkpoint sets to the model's positions.
-        """
+        """Token ids of texts, or of texts and their pairs: int64 (B, T), cut to max_len tokens and padded."""
         import torch  # here, since the workers that prepare a corpus do not need it
         assert not isinstance(texts, str) and not isinstance(pairs, str), "give lists of texts"
         texts = list(texts)
@@ -463,8 +442,7 @@ class Tokenizer:
     def offsets(self, text):
         """Token ids of a text, and the characters (n, 2) of each token, from start to before end.
 
-        The text is lowercased character by character, so the characters agree, even if their bytes do not. A
-        token can be a part of a character: "é" in two tokens -> (0, 1), (0, 1).
+        A token can be a part of a character: "é" in two tokens -> (0, 1), (0, 1).
         """
         ids = self.encode(text)
         lowercased, starts = self.encoding.decode_with_offsets(ids)
@@ -479,7 +457,7 @@ class Tokenizer:
 
     def pieces(self, ids):
         """The text of each token."""
-        return [self.decode([i]) for i in ids]
+        return [self.token_bytes.get(int(i), b"").decode("utf-8", "replace") for i in ids]
 
     def state(self):
         """Plain types, for a checkpoint; Tokenizer.from_state turns them back."""
@@ -508,24 +486,21 @@ class Tokenizer:
     def load(path):
         """The tokenizer of a prepared corpus, of a released model (folders) or of a checkpoint (a file)."""
         path = Path(path)
-        if path.is_file() and (path.parent / "dict.txt").exists():
-            path = path.parent
+        folder = path.parent if path.is_file() else path
+        released = (folder / "dict.txt").exists()
+        if released and not (folder / "meta.json").exists():
+            return ReleasedTokenizer.read(folder)
         if path.is_file():
             checkpoint = read_torch(path)
             state = checkpoint.get("tokenizer") if isinstance(checkpoint, dict) else None
             return Tokenizer.from_state(state, path)
-        released = (path / "dict.txt").exists()
-        if released and not (path / "meta.json").exists():
-            return ReleasedTokenizer.read(path)
         meta = read_meta(path)
         for file in (ReleasedTokenizer if released else Tokenizer).files:
             if checksum(path / file) != meta["sha256"].get(Path(file).stem):
                 raise InputError(f"{path / file} is not as meta.json says; prepare the corpus again.")
-        if released:
-            tokenizer = ReleasedTokenizer.read(path)
-        else:
-            state = {"ranks": (path / "tokenizer.tiktoken").read_text(), **meta}
-            tokenizer = Tokenizer.from_state(state, path)
+        ranks = path / "tokenizer.tiktoken"
+        tokenizer = (ReleasedTokenizer.read(path) if released else
+                     Tokenizer.from_state({"ranks": ranks.read_text(), **meta}, path))
         if tokenizer.special_ids != meta["special_ids"] or tokenizer.vocab_size != meta["vocab_size"]:
             raise InputError(f"{path}/meta.json is not about its tokenizer; prepare the corpus again.")
         return tokenizer
@@ -535,9 +510,9 @@ class Tokenizer:
 # The tokenizer of the authors' released models
 
 PUNCTUATION = regex.compile(r"[!-/:-@\[-`{-~\p{P}]*")
-CLITIC = re.compile(r"(?<=') (?=(?:[smdtSMDT]|ll|LL|re|RE|ve|VE)\b)")
-PLAIN = {"``": '"', "''": '"', "“": '"', "”": '"', "‘": "'", "’": "'", "´": "'", "–": "-", "—": "-"}
-UNKNOWN = 3
+CLITIC = re.compile(r"(?:[smdtSMDT]|ll|LL|re|RE|ve|VE)\b")
+PLAIN = {"``": '"', "''": '"', "“": '"', "”": '"',
+         "‘": "'", "’": "'", "´": "'", "–": "-", "—": "-"}
 NAMES = {"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]", "<mask>": "[MASK]"}
 
 
@@ -550,45 +525,40 @@ def clean(text):
     found = [(PLAIN.get(m[0], m[0]), *m.span()) for m in re.finditer(r"(?s)``|''|.", text)]
     plain, kept = "".join(character for character, _, _ in found), []
     for word in re.finditer(r"\S+", plain):
-        front = PUNCTUATION.match(word[0]).end()
-        back = max(front, len(word[0]) - PUNCTUATION.match(word[0][::-1]).end())
-        for start, end in ((0, front), (front, back), (back, len(word[0]))):
-            if part := found[word.start() + start : word.start() + end]:
-                space = [(" ", kept[-1][2], part[0][1])] if kept else []
-                kept += space + part
-    joined = "".join(character for character, _, _ in kept)
-    for space in reversed([m.start() for m in CLITIC.finditer(joined)]):
-        del kept[space]
+        front = PUNCTUATION.match(plain, *word.span()).end()
+        back = max(front, word.end() - PUNCTUATION.match(word[0][::-1]).end())
+        for start, end in itertools.pairwise((word.start(), front, back, word.end())):
+            if start < end:
+                if kept and not (kept[-1][0] == "'" and CLITIC.match(plain, start, end)):
+                    kept.append((" ", kept[-1][2], found[start][1]))
+                kept += found[start:end]
     return "".join(c for c, _, _ in kept), [start for _, start, _ in kept], [end for _, _, end in kept]
 
 
 class ReleasedTokenizer(Tokenizer):
-    """sp.model cuts a text into pieces, dict.txt gives them ids. Needs the package sentencepiece. [model]
-
-    0 [CLS], 1 [PAD], 2 [SEP], 3 [UNK], then the symbols of dict.txt, then [MASK].
-    """
+    """sp.model cuts a text into pieces, dict.txt gives them ids. Needs the package sentencepiece. [model]"""
 
     files = {"sp.model", "dict.txt"}
     pattern, lowercase = "", False
 
     def __init__(self, model, dictionary, vocab_size=None, path="this"):
-        """model: sp.model in base64; dictionary: the text of dict.txt; None is missed at the first use.
-        vocab_size: of the model whose tokenizer it is"""
+        """model: sp.model in base64; dictionary: the text of dict.txt; vocab_size: of the released model"""
         rows = [line.rsplit(" ", 1) for line in (dictionary or "").split("\n") if line.strip()]
         if any(len(row) < 2 or not row[1].isdecimal() for row in rows):
             raise InputError(f"{path}: dict.txt has to have a symbol and a count in each line.")
-        self.model, self.dictionary, self.path, self.numbers = model, dictionary, path, {}
+        self.model, self.dictionary, self.path, ids = model, dictionary, path, {}
         for symbol in ("[CLS]", "[PAD]", "[SEP]", "[UNK]", *(symbol for symbol, _ in rows), "[MASK]"):
-            self.numbers.setdefault(NAMES.get(symbol, symbol), len(self.numbers))
+            ids.setdefault(NAMES.get(symbol, symbol), len(ids))
+        self.vocab_size = vocab_size or len(ids)
         if dictionary is None:
-            self.numbers["[MASK]"] = vocab_size - 1
-        self.symbols = {i: symbol for symbol, i in self.numbers.items()}
-        self.special_ids = {name: self.numbers[name] for name in SPECIALS}
+            ids["[MASK]"] = vocab_size - 1
+        elif len(ids) != self.vocab_size:
+            raise InputError(f"{path}: the model has {self.vocab_size} tokens, dict.txt {len(ids)}.")
+        self.token_bytes = {i: symbol.replace("▁", " ").encode() for symbol, i in ids.items()}
+        self.special_ids = {name: ids.pop(name) for name in SPECIALS}
+        self.symbol_ids = ids  # the others: what spells [MASK] in a text is unknown
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids.values()
-        self.vocab_size = vocab_size or len(self.numbers)
         self.dtype = np.dtype("uint16" if self.vocab_size <= 65536 else "uint32")
-        if dictionary is not None and len(self.numbers) != self.vocab_size:
-            raise InputError(f"{path}: the model has {self.vocab_size} tokens, dict.txt {len(self.numbers)}.")
 
     @classmethod
     def read(cls, folder, vocab_size=None):
@@ -630,20 +600,15 @@ class ReleasedTokenizer(Tokenizer):
         else:  # sentencepiece before 0.2.2
             found = self.processor.encode(cleaned, out_type="immutable_proto").pieces
             pieces, places = [p.piece for p in found], [(p.begin, p.end) for p in found]
-        ids, spans, starts = [], [], [*starts, len(text)]
+        ids, spans, starts, ends = [], [], [*starts, len(text)], [0, *ends]
         for piece, following, (begin, end) in zip(pieces, [*pieces[1:], "."], places):
-            if piece == "▁" and PUNCTUATION.match(following)[0]:
-                continue  # a space alone before punctuation or at the end
-            number = self.numbers.get(piece, UNKNOWN)  # what spells [MASK] is unknown, too
-            ids.append(UNKNOWN if number in self.special_ids.values() else number)
-            spans.append((starts[begin], ends[end - 1] if end > begin else starts[begin]))
+            if piece != "▁" or not PUNCTUATION.match(following)[0]:  # else a space before punctuation
+                ids.append(self.symbol_ids.get(piece, self.symbol_ids["[UNK]"]))
+                spans.append((starts[begin], max(starts[begin], ends[end])))  # a piece can be empty
         return ids, np.array(spans, np.int64).reshape(-1, 2)
 
     def decode(self, ids):
-        return "".join(self.pieces(ids)).strip()
-
-    def pieces(self, ids):
-        return [self.symbols.get(int(i), "").replace("▁", " ") for i in ids]
+        return super().decode(ids).strip()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -651,13 +616,10 @@ class ReleasedTokenizer(Tokenizer):
 
 
 def read_torch(path):
-    """What torch.save wrote to a file, if its checksums are right, which torch.load does not verify.
-
-    Runs no code: of all classes that are not torch's, it makes argparse.Namespace alone.
-    """
+    """What torch.save wrote. Runs no code: of classes that are not torch's, it makes argparse.Namespace."""
     import torch  # here, since the workers that prepare a corpus do not need it
     try:
-        if zipfile.is_zipfile(path):  # older files are not
+        if zipfile.is_zipfile(path):  # older files have no checksums; torch.load does not verify them
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() or any(record.external_attr for record in archive.infolist()):
                     raise zipfile.BadZipFile("a checksum differs")  # of a "folder" torch reads unset memory
@@ -773,11 +735,7 @@ def prepare(
         files, skipped = find_files(paths or [docs])
         sources = [str(file) for file in files] if paths else ["documentation of Python, numpy and torch"]
         total = sum(f.stat().st_size * (3 if f.suffix.lower() == ".gz" else 1) for f in files)  # 3: a guess
-
-        def lines():
-            for file in files:
-                yield from read_file(file, field, document_per_file)
-
+        lines = functools.partial(read_documents, files, field, document_per_file)
         if not next(pieces(lines()), None):
             raise InputError(f"there is no text in {', '.join(sources[:5])}.")
         tokenizer = make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers)
@@ -801,7 +759,7 @@ def prepare(
                 "tokens": tokens, "dtype": tokenizer.dtype.name, "documents": documents, "bytes": text_bytes,
                 "sources": sources, "val_fraction": val_fraction,
                 "sha256": {file.stem: checksum(file) for file in new.iterdir()},
-                "versions": {"python": platform.python_version(), "numpy": np.__version__,
+                "versions": {"python": sys.version.split()[0], "numpy": np.__version__,
                              "tiktoken": tiktoken.__version__}}
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
@@ -841,9 +799,8 @@ class Sequences:
         meta, self.path = read_meta(folder), Path(folder, f"{split}.bin")
         if check and checksum(self.path) != meta["sha256"][split]:
             raise InputError(f"{self.path} is not as meta.json says; prepare the corpus again.")
-        self.tokens = np.zeros(0, meta["dtype"])  # a memmap cannot be empty
-        if meta["tokens"][split]:
-            self.tokens = np.memmap(self.path, meta["dtype"], "r")
+        nothing = np.zeros(0, meta["dtype"])  # a memmap cannot be empty
+        self.tokens = np.memmap(self.path, meta["dtype"], "r") if meta["tokens"][split] else nothing
         if check and self.tokens.max(initial=0) >= meta["vocab_size"]:
             raise InputError(f"{self.path} has tokens beyond its vocabulary; prepare the corpus again.")
         self.max_len, self.masked, self.crop_len, self.seed = max_len, masked, crop_len, seed
@@ -859,9 +816,8 @@ class Sequences:
     def sequence(self, step, index, batch_size):
         epoch, place = divmod(step * batch_size + index, len(self))
         start = self.order(epoch)[place] * (self.max_len - 1)
-        tokens = np.empty(self.max_len, np.int64)
-        tokens[0] = self.cls_id
-        tokens[1:] = self.tokens[start : start + self.max_len - 1]
+        text = self.tokens[start : start + self.max_len - 1]
+        tokens = np.concatenate([[self.cls_id], text], dtype=np.int64)
         random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
         if len(ordinary) < self.masked:
@@ -880,16 +836,12 @@ class Sequences:
 
 def batches(sequences, batch_size, micro_batch_size, rank, world, first_step=0):
     """The batches of one process: for each pass of each step. A thread prepares the next one meanwhile."""
-    def prepare(step, part):
-        first = (part * world + rank) * micro_batch_size
-        return sequences.batch(step, range(first, first + micro_batch_size), batch_size)
-
-    parts = range(batch_size // (micro_batch_size * world))
-    passes = ((step, part) for step in itertools.count(first_step) for part in parts)
+    starts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
+    passes = ((step, range(i, i + micro_batch_size)) for step in itertools.count(first_step) for i in starts)
     with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(prepare, *next(passes))
-        for step, part in passes:
-            ready, upcoming = upcoming, thread.submit(prepare, step, part)
+        upcoming = thread.submit(sequences.batch, *next(passes), batch_size)
+        for step, indices in passes:
+            ready, upcoming = upcoming, thread.submit(sequences.batch, step, indices, batch_size)
             yield ready.result()
 
 

@@ -341,7 +341,7 @@ def test_a_frozen_auxiliary_is_taken_over_and_not_trained(options, finished, tmp
 
 def test_start_from_the_weights_of_another_run(options, finished, tmp_path):
     command = [*options, f"--out_dir={tmp_path}/next", f"--init_from={finished}/ckpt.pt", "--learning_rate=0"]
-    run(*command)
+    run(*[option for option in command if option[2:].split("=")[0] not in train.SIZES])  # they are known
     torch.testing.assert_close(weights(finished), weights(tmp_path / "next"), rtol=0, atol=0)
     runs.make_corpus(tmp_path, "other", vocab_size=300)
     for change, named in (("--layers=2", "layers"), (f"--data_dir={tmp_path} --dataset=other", "vocabulary")):
@@ -702,6 +702,12 @@ def test_a_second_signal_stops_at_once(options, tmp_path, monkeypatch):
     assert status == 128 + signal.SIGTERM and last_step(tmp_path) == 3 and read(tmp_path)["step"] == 2
 
 
+def test_many_epochs_are_said(options, tmp_path, monkeypatch):
+    at_row(1, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    _, said = attempt(*options, f"--out_dir={tmp_path}", "--max_steps=30000")
+    assert re.search(r"time +about \d", said) and re.search(r"warning: \d+ epochs", said)
+
+
 def poison(kind, first_pass):
     """From this pass of training on, the copy loss is nan, or only its gradient is."""
     original, passes = model.copy_loss, []
@@ -719,7 +725,7 @@ def poison(kind, first_pass):
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_before_the_step(options, finished, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(model, "copy_loss", model.copy_loss)  # is put back
-    poison(kind, first_pass=5)  # two passes come before the first step
+    poison(kind, first_pass=6)  # three passes come before the first step
     status, said = attempt(*options, f"--out_dir={tmp_path}")
     assert status == 1 and "stopped before step 3" in said
     assert ("copy_loss nan" in said) == (kind == "loss") and "gradient norm nan" in said
@@ -731,7 +737,7 @@ def test_what_is_not_finite_stops_the_run_before_the_step(options, finished, tmp
 
 def poison_process_1():
     if os.environ["RANK"] == "1":
-        poison("loss", first_pass=7)  # two passes come before the first step
+        poison("loss", first_pass=8)  # three passes come before the first step
 
 
 def test_what_is_not_finite_on_one_process_stops_both(options, tmp_path):
