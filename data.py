@@ -486,14 +486,14 @@ class Tokenizer:
     def load(path):
         """The tokenizer of a prepared corpus, of a released model (folders) or of a checkpoint (a file)."""
         path = Path(path)
-        folder = path.parent if path.is_file() else path
-        released = (folder / "dict.txt").exists()
-        if released and not (folder / "meta.json").exists():
-            return ReleasedTokenizer.read(folder)
         if path.is_file():
-            checkpoint = read_torch(path)
-            state = checkpoint.get("tokenizer") if isinstance(checkpoint, dict) else None
-            return Tokenizer.from_state(state, path)
+            saved = {} if path.suffix == ".safetensors" else read_torch(path)
+            if "tokenizer" in saved or not (path.parent / "dict.txt").exists():
+                return Tokenizer.from_state(saved.get("tokenizer"), path)
+            path = path.parent  # a released model's file
+        released = (path / "dict.txt").exists()
+        if released and not (path / "meta.json").exists():
+            return ReleasedTokenizer.read(path)
         meta = read_meta(path)
         for file in (ReleasedTokenizer if released else Tokenizer).files:
             if checksum(path / file) != meta["sha256"].get(Path(file).stem):
@@ -624,12 +624,16 @@ def read_torch(path):
                 if archive.testzip() or any(record.external_attr for record in archive.infolist()):
                     raise zipfile.BadZipFile("a checksum differs")  # of a "folder" torch reads unset memory
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
     except Exception as error:  # damage has many names: zipfile's, pickle's, torch's
-        reason = " ".join(str(error).split())[:300]
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))  # a class or function that it would call
+        reason = f"it needs {unsafe[1]}" if unsafe else type(error).__name__
         raise InputError(f"{path} is damaged, or no checkpoint that can be read safely ({reason}).") from None
+    if not isinstance(saved, dict):
+        raise InputError(f"{path} is no checkpoint: it holds no dict, but a {type(saved).__name__}.")
+    return saved
 
 
 def checksum(path):

@@ -291,7 +291,7 @@ def read_checkpoint(path, *more):
             raise InputError(f"{file} cannot be read ({error}).") from None
     else:
         saved = data.read_torch(file)
-    if not isinstance(saved, dict) or "step" not in saved:
+    if "step" not in saved:
         return read_release(file, saved)
     if missing := [name for name in ("model", "config", "tokenizer", *more) if name not in saved]:
         raise InputError(f"{path} is no checkpoint of this version: it has no {missing[0]!r}.")
