@@ -162,7 +162,7 @@ def choose_hardware(args):
     if args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if args.dtype == "auto":
-        has = torch.cpu.get_capabilities()
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 cannot tell, and takes float32
         bfloat16 = {"cuda": here["cuda"] and torch.cuda.is_bf16_supported(including_emulation=False),
                     "cpu": has.get("avx512_bf16") or has.get("amx_bf16"), "mps": False}[args.device]
         args.dtype = "bfloat16" if bfloat16 else "float16" if args.device == "cuda" else "float32"
