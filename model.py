@@ -679,10 +679,13 @@ RELEASED = [  # their names, as regular expressions, and ours; the Hugging Face 
 
 
 def from_release(theirs, settings):
-    """Config and weights of a released model, and the names of weights that it shares here, but not there.
+    """Config of a released model, its weights by our names, and which of them this code cannot keep.
+
+        "encoder.sentence_encoder.layers.0.fc1.weight"  ->  "main.layers.0.ffn_in.weight"
 
     theirs: name -> tensor; settings: the args of the fairseq code, or config.json of the Hugging Face port.
-    Raises ValueError if it is no COCO-LM.
+    Not kept are tensors of the auxiliary and of the LM heads that differ from the main Transformer's, where
+    this code has one tensor for both. Raises ValueError if it is no COCO-LM.
     """
     tokens = re.compile(r"(.*?)(encoder\.sentence_encoder\.embed_tokens|embeddings\.word_embeddings)\.weight")
     prefixes, weights = [found[1] for found in map(tokens.fullmatch, theirs) if found], {}
