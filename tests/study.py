@@ -195,8 +195,6 @@ def run(args):
     if file_name("bag of words", 0, 0) not in records:
         write_bag(folder, args)
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # ends this process at once, and with it those of the rows
     began, progress = time.monotonic(), 0
     with ThreadPoolExecutor(1 if torch.cuda.device_count() else os.cpu_count()) as pool:
         for sentence in pool.map(lambda row: run_row(row, args), jobs):
@@ -276,7 +274,7 @@ def measure(vectors, args):
     a, b = vectors(a), vectors(b)
     each = {"similar": (a * b).sum(1)[gold >= 4.8], "random": (a * b.roll(1, 0)).sum(1)}
     return ({name: round(score, 5) for name, score in scores.items()},
-            {name: torch.histc(x, BINS, -1, 1).int().tolist() for name, x in each.items()})
+            {name: torch.histc(x.clamp(-1, 1), BINS, -1, 1).int().tolist() for name, x in each.items()})
 
 
 def write_bag(folder, args):
@@ -483,6 +481,8 @@ def main(argv):
     if argv[:1] not in (["run"], ["draw"]):
         raise InputError("give a command: python tests/study.py run, or python tests/study.py draw")
     args = Parser(__doc__, sys.modules[__name__]).parse_args(argv[1:])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # ends this process at once, and with it those of the rows
     (run if argv[0] == "run" else draw)(args)
 
 

@@ -1,0 +1,77 @@
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from runs import make_corpus
+
+import study
+from data import InputError
+
+
+def record(name, seed, steps, score, flops=100, part="main"):
+    return {"part": part, "name": name, "seed": seed, "steps": steps, "flops": flops, "seconds": 60.0,
+            "processor": "P", "scores": {"STS-B": [score - 1, score + 1], "CoLA": [score]},
+            "cosines": {"[CLS]": {"similar": [1] * 50, "random": [2] * 50}},
+            "log": {"step": [0, steps // 2, steps], "copy_auc": [0.5, 0.6, score / 100]}}
+
+
+def test_paired_differences_are_of_the_same_seed():
+    records = [record("COCO-LM", s, 10, x) for s, x in ((1, 5.0), (2, 7.0), (3, 9.0))]
+    records += [record("RTD", s, 10, x) for s, x in ((3, 5.0), (1, 4.0), (2, 4.0), (4, 50.0))]
+    found = {row[:2]: row[2:] for row in study.paired(records)}
+    mean, sd, n, low, high = found["COCO-LM - RTD", "STS-B"]
+    assert (mean, n) == (pytest.approx(8 / 3), 3)  # 1, 3, 4
+    assert sd == pytest.approx(math.sqrt((25 + 1 + 16) / 9 / 2))
+    assert (low + high) / 2 == pytest.approx(mean) and high - mean == pytest.approx(4.303 * sd / math.sqrt(3))
+
+
+def test_needed_compute():
+    coco = [record("COCO-LM", 1, steps, score, flops) for steps, score, flops in
+            ((25, 1.0, 100), (50, 3.0, 400), (100, 4.0, 1600))]
+    for goal, share in ((2.0, 200 / 800), (3.5, 800 / 800), (4.5, "outside"), (0.5, "outside")):
+        rows = list(study.needed([*coco, record("RTD", 1, 100, goal, 800)], 100))
+        assert rows == [("STS-B", 1, pytest.approx(share)), ("CoLA", 1, pytest.approx(share))]
+
+
+def test_draw_gives_the_same_csvs(tmp_path, monkeypatch):
+    (tmp_path / "records" / "tiny").mkdir(parents=True)
+    for name, score in (("untrained", 1.0), ("RTD", 3.0), ("CLM", 4.0), ("COCO-LM", 5.0)):
+        for seed in (1, 2):
+            file = tmp_path / "records" / "tiny" / f"{name}{seed}.json"
+            file.write_text(json.dumps(record(name, seed, 10, score + seed)))
+    drawn = []
+    for again in range(2):
+        monkeypatch.setattr(study, "ASSETS", tmp_path / str(again))
+        study.draw(SimpleNamespace(results_dir=tmp_path / "records", preset="tiny"))
+        drawn.append({file.name: file.read_bytes() for file in (tmp_path / str(again)).glob("*.csv")})
+    assert drawn[0] == drawn[1]
+    assert b"main,CLM,10,1e-13,STS-B,5.5,0.70711,2\n" in drawn[0]["scores.csv"]
+
+
+def test_a_row_is_run_once(tmp_path, monkeypatch, capsys):
+    make_corpus(tmp_path, val_fraction=0.3)
+    lines = {"SST-2": ["sentence\tlabel"] + [f"word {i}\t{i % 2}" for i in range(20)],
+             "CoLA": [f"x\t{i % 2}\t*\tword {i}" for i in range(20)],
+             "STS-B": ["sentence1\tsentence2\tscore"] + [f"word {i}\tword {i + 1}\t{i % 6}" for i in range(20)]}
+    for task, rows in lines.items():
+        (tmp_path / task).mkdir()
+        for split in ("train", "dev"):
+            (tmp_path / task / f"{split}.tsv").write_text("\n".join(rows))
+    monkeypatch.setattr(study, "TWICE", ("CoLA",))
+    monkeypatch.setattr(study, "ONCE_EACH", ())
+    monkeypatch.setattr(study, "plan", lambda args: [row])
+    monkeypatch.setattr(study, "write_bag", lambda folder, args: None)
+    row = {"part": "main", "name": "untrained", "options": "--learning_rate=0", "seed": 1, "steps": 1}
+    args = SimpleNamespace(preset="tiny", steps=40, seeds=1, parts="main", dataset="toy", data_dir=tmp_path,
+                           glue_dir=tmp_path, work_dir=tmp_path / "work", results_dir=tmp_path / "results")
+    study.run(args)
+    [file] = (tmp_path / "results" / "tiny").iterdir()
+    result = json.loads(file.read_bytes())
+    assert len(result["scores"]["CoLA"]) == 2 and sum(result["cosines"]["mean"]["random"]) == 20
+    written = file.stat().st_mtime_ns
+    study.run(args)
+    assert file.stat().st_mtime_ns == written and "0 rows to run" in capsys.readouterr().out
+    row["options"] = "--learning_rate=0.1"
+    with pytest.raises(InputError, match="other options"):
+        study.run(args)
