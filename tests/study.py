@@ -390,10 +390,10 @@ def write_csv(name, header, rows):
         writer.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row] for row in rows)
 
 
-def figure(plt, name, xlabel, *panels):
+def figure(plt, name, xlabel, *panels, at=lambda y: -1):
     """Writes assets/NAME.png: panels (title, lines) below each other, for narrow screens.
 
-    lines: (label, row, style, x, y, sd); a band is one standard deviation, a label stands at the line's end.
+    lines: (label, row, style, x, y, sd). A band is one standard deviation; a label stands at the point at(y).
     """
     size = (5.2, 2.4 * len(panels))
     fig, axes = plt.subplots(len(panels), figsize=size, layout="constrained", squeeze=False)
@@ -404,10 +404,11 @@ def figure(plt, name, xlabel, *panels):
             ax.fill_between(x, y - sd, y + sd, color=COLOURS[row], alpha=0.3, lw=0)
         low, high = ax.get_ylim()
         place = -math.inf
-        for label, row, _, x, y, _ in sorted(lines, key=lambda line: line[4][-1]):
-            place = max(y[-1], place + (high - low) / 8)  # labels do not overlap
-            ax.annotate(label, (x[-1], place), (4, 0), textcoords="offset points", color=COLOURS[row],
+        for label, row, _, x, y, _ in sorted(lines, key=lambda line: line[4][at(line[4])]):
+            place = max(y[at(y)], place + (high - low) / 8)  # labels do not overlap
+            ax.annotate(label, (x[at(y)], place), (4, 0), textcoords="offset points", color=COLOURS[row],
                         va="center", annotation_clip=False)
+        ax.locator_params(axis="x", nbins=6)
     axes[-1, 0].set_xlabel(xlabel)
     fig.savefig(ASSETS / f"{name}.png", dpi=160)
     plt.close(fig)
@@ -463,9 +464,9 @@ def draw(args):
     middle = (np.arange(BINS) + 0.5) * 2 / BINS - 1
     figure(plt, "space", "cosine of two [CLS] vectors, pairs of STS-B", *(
         (f"{name}: share of the pairs", [
-            (f"{pairs}", name, style, middle, *histogram(main, name, "[CLS]", pairs)[:2])
+            (pairs, name, style, middle, *histogram(main, name, "[CLS]", pairs)[:2])
             for pairs, style in (("random", ":"), ("similar", "-"))])
-        for name in ("COCO-LM", "CLM", "RTD") if name in names))
+        for name in ("COCO-LM", "CLM", "RTD") if name in names), at=np.argmax)
     points = list(summary(efficiency, "name", "petaflop"))
     figure(plt, "efficiency", "compute of pretraining, PFLOP", *(
         (f"{score}, {finetune.TASKS[score]['metrics'][0]}", [
