@@ -316,8 +316,9 @@ def points(result):
                 yield "curves", name, int(step), value
         for vector, histograms in result["cosines"].items():
             for pairs, counts in histograms.items():
-                for i, count in enumerate(counts):
-                    yield "space", f"{vector}, {pairs}", (i + 0.5) * 2 / BINS - 1, count / sum(counts)
+                cosines, shares = (np.arange(BINS) + 0.5) * 2 / BINS - 1, np.array(counts) / sum(counts)
+                yield "scores", f"cosine of {pairs} pairs, {vector}", result["steps"], float(cosines @ shares)
+                yield from (("space", f"{vector}, {pairs}", *point) for point in zip(cosines, shares))
 
 
 def table(results):
