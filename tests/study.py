@@ -345,7 +345,7 @@ def paired(found):
             a, b = rows[one, score], rows[other, score]
             if both := a.keys() & b.keys():
                 mean, sd, n = statistics({seed: a[seed] - b[seed] for seed in sorted(both)})
-                reach = T95[n] * sd / math.sqrt(n) if n > 1 else math.nan
+                reach = T95[n] * sd / math.sqrt(n) if n > 1 else math.inf
                 yield f"{one} - {other}", score, mean, sd, n, mean - reach, mean + reach
 
 
