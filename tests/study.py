@@ -268,14 +268,8 @@ def probe(train, labels, dev):
     return (logits(train, labels, dev, min(losses, key=losses.get)) > 0).long().numpy()
 
 
-def probe_score(task, features, args):
-    """A task's first metric on dev by a probe of features(*columns of texts)"""
-    (train, labels), (dev, wanted) = glue(task, "train", args), glue(task, "dev", args)
-    found = probe(features(*(texts[:PROBED] for texts in train)), labels[:PROBED], features(*dev))
-    return finetune.METRICS[finetune.TASKS[task]["metrics"][0]](wanted, found)
-
-
 def frozen_scores(vectors, args):
+    """Zero-shot: cosines of STS-B's pairs against human scores; and probes"""
     (a, b), gold = glue("STS-B", "dev", args)
     scores = {"STS-B zero-shot": finetune.spearman(gold, (vectors(a) * vectors(b)).sum(1).numpy())}
     for task in ("SST-2", "CoLA"):

@@ -71,6 +71,10 @@ def test_a_row_is_run_once(tmp_path, monkeypatch):
     written = file.stat().st_mtime_ns
     study.run(args)
     assert file.stat().st_mtime_ns == written
+    monkeypatch.setattr(study, "plan", lambda args: [row, row | {"name": "another"}])
+    monkeypatch.setattr(study, "processor", lambda: "another")
+    study.run(args)  # a seed stays on one kind of processor
+    assert list(file.parent.iterdir()) == [file]
     row["options"] = "--learning_rate=0.1"
     with pytest.raises(InputError, match="other options"):
         study.run(args)
