@@ -67,9 +67,10 @@ MAIN = {"COCO-LM": "", "RTD": "--token_task=rtd --contrastive=False", "CLM": "--
         "MLM": "--token_task=mlm --contrastive=False"}
 SEED_1 = {"RTD + SCL": "--token_task=rtd",
           "all-token MLM": "--token_task=all_token_mlm --contrastive=False"}
-ABLATIONS = {
+ABLATIONS = {  # each is compared with the first
+    "COCO-LM": "",
     "no relative positions": "--relative_positions=False", "random replacements": "--corruption=random",
-    "frozen auxiliary": "--corruption=frozen",  # of COCO-LM's whole run
+    "frozen auxiliary": "--corruption=frozen",
     "narrow auxiliary": "--auxiliary_layers={layers} --auxiliary_width={narrow}",
     "deeper auxiliary": "--auxiliary_layers={deeper}", "no copy mechanism": "--copy_mechanism=False",
     "no stop-gradient": "--stop_gradient=False", "weighted LM loss": "--lm_loss=weighted",
@@ -84,16 +85,19 @@ LOGGED = ["mlm_loss", "copy_loss", "lm_loss", "scl_loss", "copy_auc", "copy_accu
 
 
 def plan(args):
-    """All rows in their order; the main part goes seed by seed, so that a stopped study has whole seeds."""
+    """All rows in their order; the main part goes seed by seed, so that a stopped study has whole seeds.
+
+    The ablations have a seed of their own, so that they can run on another kind of processor.
+    """
     rows, all_seeds = [("main", "bag of words", "", 0, 0)], range(1, args.seeds + 1)
     for seed in all_seeds:
         rows.append(("main", "untrained", "--learning_rate=0", seed, 1))
         rows += [("main", *row, seed, args.steps) for row in (MAIN | (SEED_1 if seed == 1 else {})).items()]
     rows += [("efficiency", name, MAIN[name], seed, args.steps // part)
-             for seed in all_seeds for part in (2, 4) for name in ("RTD", "COCO-LM")]
+             for seed in all_seeds for part in (2, 4) for name in ("COCO-LM", "RTD")]
     rows += [("small", f"relative_init {init}", f"--relative_init={init}", seed, args.steps // 3)
              for seed in all_seeds[:2] for init in ("normal", "local")]
-    rows += [("ablations", *row, 1, args.steps // 2) for row in ABLATIONS.items()]
+    rows += [("ablations", *row, args.seeds + 1, args.steps // 2) for row in ABLATIONS.items()]
     return [dict(zip(("part", "name", "options", "seed", "steps"), row)) for row in rows]
 
 
@@ -144,10 +148,12 @@ def call(folder, program, *options, accept="nothing"):
 
 def pretrain(row, folder, args):
     """Runs train.py -> log, compute and time. A loss that is not finite is a result as well."""
+    folder.mkdir(parents=True, exist_ok=True)
     options = [*train_options(row, args), f"--data_dir={args.data_dir}", f"--out_dir={folder}",
                "--init_from=resume_or_scratch", f"--checkpoint_interval={max(row['steps'] // 20, 1)}"]
-    if "--corruption=frozen" in options:
-        options.append(f"--auxiliary_from={Path(args.work_dir, f'coco-lm-{args.steps}-1', 'ckpt.pt')}")
+    if "--corruption=frozen" in options:  # that of a run of COCO-LM as long as this one
+        pretrain(row | {"options": ""}, folder / "converged", args)
+        options.append(f"--auxiliary_from={folder / 'converged' / 'ckpt.pt'}")
     problem = call(folder, "train.py", *options, accept="not finite")
     header, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     val = [line for line in lines if line["split"] == "val"]
@@ -169,25 +175,24 @@ def fine_tune(task, count, folder, args):
 
 def run_row(row, args):
     """Trains, fine-tunes and measures a row, and writes its results -> its file's name"""
-    name, fine_tuned = file_name(row), {}
-    folder, first = Path(args.work_dir, name), row["part"] == "main" and row["seed"] == 1
-    folder.mkdir(parents=True, exist_ok=True)
+    name, folder, tasks = file_name(row), Path(args.work_dir, file_name(row)), dict.fromkeys(TWICE, 2)
     result = row | {"options": train_options(row, args), "processor": processor(), "log": {}, "seconds": 0,
                     "flops": 0, "fine_tuning": FINE_TUNING.get(args.preset, {}), "failed": ""}
     if row["name"] == "bag of words":
-        tokenizer = Tokenizer.load(Path(args.data_dir, args.dataset))
+        tokenizer, tasks = Tokenizer.load(Path(args.data_dir, args.dataset)), {}
         vectors = {"bag": lambda texts: bag_vectors(tokenizer, texts)}
     else:
         result |= pretrain(row, folder, args)
         model, tokenizer = load_checkpoint(folder / "ckpt.pt")
         vectors = {"[CLS]": lambda texts: cls_vectors(model, tokenizer, texts),
                    "mean": lambda texts: model.embed(tokenizer.batch(texts))}
-        fine_tuned = dict.fromkeys(TWICE, 2) | (dict.fromkeys(ONCE, 1) if first else {})
-    if row["part"] == "efficiency" and row["seed"] > 1:  # those of seed 1 are compared with the ablations, too
-        vectors, fine_tuned = {}, {SIGNAL: 2}
+    if row["part"] == "main" and row["seed"] == 1:
+        tasks |= dict.fromkeys(ONCE, 1)
+    if row["part"] == "efficiency":
+        vectors, tasks = {}, {SIGNAL: 2}
     if row["part"] == "small" or result["failed"]:
-        vectors, fine_tuned = {}, {}
-    scores = {task: fine_tune(task, count, folder, args) for task, count in fine_tuned.items()}
+        vectors, tasks = {}, {}
+    scores = {task: fine_tune(task, count, folder, args) for task, count in tasks.items()}
     for kind, function in vectors.items():
         scores |= {f"{score}, {kind}": value for score, value in frozen_scores(function, args).items()}
     cosines = {kind: histograms(function, args) for kind, function in vectors.items()}
@@ -296,9 +301,12 @@ def histograms(vectors, args):
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t: the mean of n values is known to t sd / root n
 CONTRASTS = [("CLM", "MLM"), ("CLM", "RTD"), ("COCO-LM", "CLM"), ("COCO-LM", "RTD"), ("COCO-LM", "MLM"),
              ("CLM", "all-token MLM"), ("COCO-LM", "RTD + SCL"), ("COCO-LM", "untrained")]
-COLOURS = {"COCO-LM": "#3d85c6", "CLM": "#3f9b5b", "RTD": "#d9822b", "MLM": "#9b6bbf",
+COLOURS = {"COCO-LM": "#3d85c6", "CLM": "#3f9b5b", "RTD": "#d9822b", "MLM": "#9b6bbf", "RTD + SCL": "#b8860b",
            "all-token MLM": "#cc4b4b", "relative_init local": "#3d85c6", "relative_init normal": "#d9822b"}
-GREY = "#808080"  # readable on white and on black
+STYLE = {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 11,
+         "axes.titlesize": 11, "axes.titlelocation": "left", "axes.ymargin": 0.12} | dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
+    "#808080")  # grey can be read on white and on black
 
 
 def points(result):
@@ -307,15 +315,14 @@ def points(result):
     last |= {"minutes": result["seconds"] / 60, "petaflop": result["flops"] / 1e15}
     for score, value in (result["scores"] | last).items():
         yield "scores", score, result["steps"], float(np.mean(value))  # over fine-tuning seeds
-    if result["part"] in ("main", "small"):
-        for name in last.keys() & set(LOGGED):
-            for step, value in zip(result["log"]["step"], result["log"][name]):
-                yield "curves", name, int(step), value
-        for vector, histograms in result["cosines"].items():
-            for pairs, counts in histograms.items():
-                cosines, shares = (np.arange(BINS) + 0.5) * 2 / BINS - 1, np.array(counts) / sum(counts)
-                yield "scores", f"cosine of {pairs} pairs, {vector}", result["steps"], float(cosines @ shares)
+    for vector, histograms in result["cosines"].items():
+        for pairs, counts in histograms.items():
+            cosines, shares = (np.arange(BINS) + 0.5) * 2 / BINS - 1, np.array(counts) / sum(counts)
+            yield "scores", f"cosine of {pairs} pairs, {vector}", result["steps"], float(cosines @ shares)
+            if result["part"] == "main":
                 yield from (("space", f"{vector}, {pairs}", *point) for point in zip(cosines, shares))
+    for name in last.keys() & set(LOGGED) if result["part"] in ("main", "small") else ():
+        yield from (("curves", name, int(x), y) for x, y in zip(result["log"]["step"], result["log"][name]))
 
 
 def table(results):
@@ -335,35 +342,39 @@ def statistics(of_seed):
 
 def paired(found):
     """(difference of two rows, score, mean, sd, seeds, ends of the mean's 95 % interval), seed by seed"""
-    rows = {(row, score): values for (name, part, row, score, _), values in found.items()
+    rows = {(row, score): of_seed for (name, part, row, score, _), of_seed in found.items()
             if (name, part) == ("scores", "main")}
     for one, other in CONTRASTS:
-        for score in (score for row, score in rows if row == one and (other, score) in rows):
-            a, b = rows[one, score], rows[other, score]
+        for score in [score for row, score in rows if row == one]:
+            a, b = rows[one, score], rows.get((other, score), {})
             if both := a.keys() & b.keys():
                 mean, sd, n = statistics({seed: a[seed] - b[seed] for seed in sorted(both)})
                 reach = T95[n] * sd / math.sqrt(n) if n > 1 else math.inf
                 yield f"{one} - {other}", score, mean, sd, n, mean - reach, mean + reach
 
 
+def against_compute(found, row):
+    """seed -> [(PFLOP, score)] of its runs, the shortest first"""
+    curves = {}
+    for (name, part, other, score, steps), of_seed in found.items():
+        if (name, other, score) == ("scores", row, SIGNAL) and part in ("main", "efficiency"):
+            for seed, value in of_seed.items():
+                curves.setdefault(seed, []).append((found[name, part, row, "petaflop", steps][seed], value))
+    return {seed: sorted(curve) for seed, curve in sorted(curves.items())}
+
+
 def needed(found):
-    """(score, seed, share of RTD's FLOPs with which COCO-LM has the score of the whole RTD run)
+    """(COCO-LM's seed, RTD's seed, share of RTD's FLOPs with which COCO-LM has the score of RTD's whole run)
 
     Straight lines over the logarithm of FLOPs join COCO-LM's scores; "outside": they do not reach RTD's, or
     the shortest run is above it.
     """
-    runs = {}  # row, score, seed -> [(log of FLOPs, score)] of longer and longer runs
-    for (name, part, row, score, steps), values in sorted(found.items(), key=lambda item: item[0][-1]):
-        if name == "scores" and row in ("RTD", "COCO-LM") and score in TWICE:
-            for seed, value in values.items():
-                compute = math.log(found[name, part, row, "petaflop", steps][seed])
-                runs.setdefault((row, score, seed), []).append((compute, value))
-    for (row, score, seed), curve in runs.items():
-        if row == "COCO-LM" and len(curve) > 1 and ("RTD", score, seed) in runs:
-            whole, goal = runs["RTD", score, seed][-1]
-            shares = [math.exp(x + (x1 - x) * (goal - y) / (y1 - y) - whole)
+    for seed, curve in against_compute(found, "COCO-LM").items():
+        for other, (*_, (whole, goal)) in against_compute(found, "RTD").items():
+            shares = [x / whole * (x1 / x) ** ((goal - y) / (y1 - y))
                       for (x, y), (x1, y1) in zip(curve, curve[1:]) if y <= goal <= y1 and y < y1]
-            yield score, seed, *(shares[:1] or ["outside"])
+            if len(curve) > 1:
+                yield seed, other, *(shares[:1] or ["outside"])
 
 
 def write_csv(name, header, rows):
@@ -373,6 +384,66 @@ def write_csv(name, header, rows):
         writer.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row] for row in rows)
 
 
+def line(found, name, row, measure):
+    """x, mean and standard deviation: three arrays"""
+    points = [(x, *statistics(of_seed)[:2]) for (*key, x), of_seed in found.items()
+              if (key[0], *key[2:]) == (name, row, measure)]
+    return np.array(points, float).reshape(-1, 3).T
+
+
+def figure(name, xlabel, *panels):
+    """Panels (title, [(label, row, style, line)]) below each other, which suits narrow screens.
+
+    A band is one standard deviation. A label stands at the end of its line.
+    """
+    from matplotlib import pyplot as plt
+    plt.rcParams.update(STYLE)
+    _, axes = plt.subplots(len(panels), figsize=(5.2, 2.4 * len(panels)), layout="constrained", squeeze=False)
+    for ax, (title, lines) in zip(axes[:, 0], panels):
+        ax.set_title(title)
+        lines = [line for line in lines if line[-1].size]
+        for _, row, style, (x, y, sd) in lines:
+            ax.plot(x, y, style, color=COLOURS[row], lw=2)
+            ax.fill_between(x, y - sd, y + sd, color=COLOURS[row], alpha=0.3, lw=0)
+        (low, high), place = ax.get_ylim(), math.inf
+        for label, row, _, (x, y, _) in sorted(lines, key=lambda line: -line[-1][1, -1]):
+            place = min(y[-1], place - (high - low) / 9) if label else place  # labels do not overlap
+            ax.annotate(label, (x[-1], place), (4, 0), textcoords="offset points", va="center",
+                        color=COLOURS[row], annotation_clip=False)
+        ax.locator_params(axis="x", nbins=6)
+    ax.set_xlabel(xlabel)
+    plt.savefig(ASSETS / f"{name}.png", dpi=160)
+    plt.close()
+
+
+def draw_figures(found):
+    def curves(measure, *rows):
+        return [(row, row, "-", line(found, "curves", row, measure)) for row in rows]
+
+    copying = ("CLM", "all-token MLM")
+    figure("copy", "steps",
+           ("copy head: accuracy at original tokens", curves("copy_accuracy_original", *copying)),
+           ("copy head: accuracy at replaced tokens", curves("copy_accuracy_replaced", *copying)),
+           ("copy head: area under the ROC curve", curves("copy_auc", *copying)),
+           ("LM head: accuracy at replaced tokens", curves("lm_accuracy_replaced", *copying)))
+    figure("space", "cosine of the [CLS] vectors of two sentences of STS-B", *(
+        (f"{row}: share of the pairs", [
+            (pairs, row, style, line(found, "space", row, f"[CLS], {pairs}")[:, 7 * BINS // 10 :])  # from 0.4
+            for pairs, style in (("random", ":"), ("similar", "-"))])
+        for row in ("COCO-LM", "CLM", "RTD")))
+    figure("uniformity", "steps",
+           ("alignment: mean squared distance of twins", curves("alignment", "COCO-LM", "RTD + SCL")),
+           ("uniformity", curves("uniformity", "COCO-LM", "RTD + SCL")),
+           ("mean cosine of the hidden states of two texts", curves("mean_cosine", *MAIN)))
+    runs = {row: against_compute(found, row) for row in ("RTD", "COCO-LM")}
+    figure("efficiency", "compute of pretraining, PFLOP", (
+        f"{SIGNAL}, fine-tuned, {finetune.TASKS[SIGNAL]['metrics'][0]}: a line or point for each seed",
+        [(row * (seed == max(of_seed)), row, "o-", np.array([(*point, 0) for point in curve]).T)
+         for row, of_seed in runs.items() for seed, curve in of_seed.items()]))
+    figure("small", "steps", *((measure, curves(measure, "relative_init local", "relative_init normal"))
+                               for measure in ("mlm_loss", "copy_auc", "mean_cosine")))
+
+
 def draw(args):
     """Writes the CSVs, and the figures if matplotlib is there."""
     if not (found := table(read_results(args))):
@@ -380,70 +451,13 @@ def draw(args):
     ASSETS.mkdir(exist_ok=True)
     for name, x in (("scores", "steps"), ("curves", "step"), ("space", "cosine")):
         write_csv(name, f"part row measure {x} mean sd seeds", [
-            (*key[1:], *statistics(values)) for key, values in found.items() if key[0] == name])
+            (*key[1:], *statistics(of_seed)) for key, of_seed in found.items() if key[0] == name])
     write_csv("paired", "difference score mean sd seeds low high", paired(found))
-    write_csv("needed", "score seed share", needed(found))
+    write_csv("needed", "coco_lm_seed rtd_seed share", needed(found))
     try:
-        from matplotlib import pyplot as plt
+        draw_figures(found)
     except ImportError:
-        return tell("The CSVs are written. The figures need a package: pip install matplotlib")
-    plt.rcParams |= dict.fromkeys("text.color axes.labelcolor axes.edgecolor xtick.color ytick.color".split(),
-                                  GREY)
-    plt.rcParams |= {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False,
-                     "font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left"}
-
-    def line(name, row, measure):
-        """x, mean and standard deviation: three arrays"""
-        points = [(key[-1], *statistics(values)[:2]) for key, values in found.items()
-                  if (key[0], *key[2:4]) == (name, row, measure)]
-        return np.array(points, float).reshape(-1, 3).T
-
-    def figure(name, xlabel, *panels, at=lambda y: -1, side="left"):
-        """Panels (title, [(label, row, style, line)]) below each other, which suits narrow screens.
-
-        A band is one standard deviation. A label stands beside the point number at(y) of its line.
-        """
-        _, axes = plt.subplots(len(panels), figsize=(5.2, 2.4 * len(panels)), layout="constrained")
-        for ax, (title, lines) in zip(axes, panels):
-            ax.set_title(title)
-            lines = [line for line in lines if line[-1].size]
-            for _, row, style, (x, y, sd) in lines:
-                ax.plot(x, y, style, color=COLOURS[row], lw=2)
-                ax.fill_between(x, y - sd, y + sd, color=COLOURS[row], alpha=0.3, lw=0)
-            (low, high), place = ax.get_ylim(), math.inf
-            for label, row, _, (x, y, _) in sorted(lines, key=lambda line: -line[-1][1][at(line[-1][1])]):
-                place = min(y[at(y)], place - (high - low) / 8)  # labels do not overlap
-                ax.annotate(label, (x[at(y)], place), (4 if side == "left" else -4, 0), ha=side,
-                            va="center" if side == "left" else "bottom", textcoords="offset points",
-                            color=COLOURS[row], annotation_clip=False)
-            ax.locator_params(axis="x", nbins=6)
-        axes[-1].set_xlabel(xlabel)
-        plt.savefig(ASSETS / f"{name}.png", dpi=160)
-        plt.close()
-
-    def curves(measure, rows, label="{}", style="-"):
-        return [(label.format(row), row, style, line("curves", row, measure)) for row in rows]
-
-    parts, copying = {key[1] for key in found}, ("CLM", "all-token MLM")
-    figure("copy", "steps",
-           ("copy head: accuracy", curves("copy_accuracy_original", copying, "{}, original")
-            + curves("copy_accuracy_replaced", copying, "{}, replaced", "--")),
-           ("copy head: area under the ROC curve", curves("copy_auc", copying)),
-           ("LM head: accuracy at replaced tokens", curves("lm_accuracy_replaced", copying)))
-    figure("space", "cosine of the [CLS] vectors of two sentences of STS-B", *(
-        (f"{row}: share of the pairs", [
-            (pairs, row, style, line("space", row, f"[CLS], {pairs}")[:, BINS // 2 :])  # cosines from 0 to 1
-            for pairs, style in (("random", ":"), ("similar", "-"))])
-        for row in ("COCO-LM", "CLM", "RTD")), at=np.argmax, side="right")
-    if "efficiency" in parts:
-        compute = [(row, line("scores", row, "petaflop")[1]) for row in ("RTD", "COCO-LM")]
-        figure("efficiency", "compute of pretraining, PFLOP", *(
-            (f"{score}, {finetune.TASKS[score]['metrics'][0]}", [
-                (row, row, "o-", np.stack([x, *line("scores", row, score)[1:]])) for row, x in compute])
-            for score in TWICE))
-    if "small" in parts:
-        figure("small", "steps", *((measure, curves(measure, [row for row in COLOURS if "init" in row]))
-                                   for measure in ("mlm_loss", "copy_auc", "mean_cosine")))
+        tell("The CSVs are written. The figures need a package: pip install matplotlib")
 
 
 def main(argv):

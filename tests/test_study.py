@@ -29,9 +29,11 @@ def test_paired_differences_are_of_the_same_seed():
 def test_needed_compute():
     coco = [record("COCO-LM", 1, steps, score, flops, "main" if steps == 100 else "efficiency")
             for steps, score, flops in ((25, 1.0, 100), (50, 3.0, 400), (100, 4.0, 1600))]
-    for goal, share in ((2.0, 200 / 800), (3.5, 800 / 800), (4.5, "outside"), (0.5, "outside")):
-        rows = study.needed(study.table([*coco, record("RTD", 1, 100, goal, 800)]))
-        assert sorted(rows) == [("CoLA", 1, pytest.approx(share)), ("STS-B", 1, pytest.approx(share))]
+    rtd = [record("RTD", seed, 100, goal, 800) for seed, goal in enumerate((2.0, 3.5, 4.5, 0.5), 1)]
+    rtd.append(record("RTD", 1, 50, 9.0, 400, "efficiency"))  # not its whole run
+    expected = [pytest.approx(200 / 800), pytest.approx(800 / 800), "outside", "outside"]
+    rows = list(study.needed(study.table([*coco, *rtd])))
+    assert rows == [(1, seed, share) for seed, share in enumerate(expected, 1)]
 
 
 def test_draw_gives_the_same_csvs(tmp_path, monkeypatch):
