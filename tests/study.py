@@ -312,7 +312,7 @@ STYLE = {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.rig
 def points(result):
     """(CSV, measure, x, value) of everything that the results of a row hold"""
     last = {name: values[-1] for name, values in result["log"].items() if name != "step"}
-    last |= {"minutes": result["seconds"] / 60, "petaflop": result["flops"] / 1e15}
+    last |= {f"minutes, {result['processor']}": result["seconds"] / 60, "petaflop": result["flops"] / 1e15}
     for score, value in (result["scores"] | last).items():
         yield "scores", score, result["steps"], float(np.mean(value))  # over fine-tuning seeds
     for vector, histograms in result["cosines"].items():

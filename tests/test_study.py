@@ -6,6 +6,7 @@ import pytest
 from runs import make_corpus
 
 import study
+import train
 from data import InputError
 
 
@@ -14,6 +15,22 @@ def record(name, seed, steps, score, flops=100, part="main"):
             "processor": "P", "scores": {"STS-B": [score - 1, score + 1], "CoLA": [score]},
             "cosines": {"[CLS]": {"similar": [1] * 50, "random": [2] * 50}},
             "log": {"step": [0, steps // 2, steps], "copy_auc": [0.5, 0.6, score / 100]}}
+
+
+def test_train_takes_the_options_of_all_rows():
+    args = SimpleNamespace(preset="base", steps=40, seeds=3, dataset="toy")
+    rows = [row for row in study.plan(args) if row["steps"]]
+    configs = {}
+    for row in rows:
+        frozen = ["--auxiliary_from=ckpt.pt"] if "frozen" in row["options"] else []
+        settings = train.read_settings(study.train_options(row, args) + frozen)
+        configs[row["part"], row["name"]] = vars(train.make_config(settings, vocab_size=1000))
+    base = configs.pop(("main", "COCO-LM"))
+    assert base == configs.pop(("ablations", "COCO-LM")) == configs.pop(("efficiency", "COCO-LM"))
+    assert configs["ablations", "narrow auxiliary"]["auxiliary_width"] == 252  # 1/3, and a multiple of 12 heads
+    changes = {name: config.items() - base.items() for (part, name), config in configs.items() if part == "ablations"}
+    assert len(changes) == 15 and all(changes.values())  # each is another model
+    assert len({study.file_name(row) for row in rows}) == len(rows)
 
 
 def test_paired_differences_are_of_the_same_seed():
