@@ -9,7 +9,8 @@ assets/study/PRESET/, by which `run` skips and from which `draw` reads. `run` ca
 same command goes on. `--only=rtd-10000-2` runs one row, given by its file's name or a part of it.
 
 All rows of a seed see the same batches and run on one kind of processor. On CPUs, a row has one thread, in
-float32; on GPUs, torchrun trains one row on all of them.
+float32; on GPUs, torchrun trains one row on all of them. To run a row again, choose another --work_dir and
+--results_dir.
 """
 
 import csv
@@ -51,14 +52,15 @@ glue_dir: str = "data/glue"  # folder of CoLA/, SST-2/, ...
 work_dir: str = "out/study"  # checkpoints and outputs of the rows
 results_dir: str = str(ASSETS / "study")  # the rows' results
 
-# Fixed before any comparison (tests/README.md: how). Other presets have their own schedule and the authors'
-# fine-tuning
+# Fixed before any comparison (tests/README.md: how). Other presets have their own batch and learning rate,
+# and are fine-tuned as the authors do
 SETUP = {"tiny": "--max_len=64 --batch_size=32 --micro_batch_size=32 --learning_rate=0.0015 "
                  "--eval_batches=32"}
 FINE_TUNING = {"tiny": {task: f"--learning_rate=5e-4 --epochs={2 if task == 'SST-2' else 10}"
                         for task in finetune.TASKS}}
-TWICE, ONCE = ("STS-B", "CoLA"), ("SST-2", "MRPC", "RTE")  # fine-tuning seeds; ONCE is for seed 1 alone
-SIGNAL = "STS-B"  # the score of the part efficiency: in the main table no other one orders the rows
+TWICE = ("STS-B", "CoLA")  # fine-tuned with two seeds
+ONCE = ("SST-2", "MRPC", "RTE")  # fine-tuned with one seed, and of the first pretraining seed alone
+COMPUTE_SCORE = "STS-B"  # of the part efficiency: in the main table no other score orders the rows
 PROBED = 10_000  # training examples of a linear probe, at most
 DECAYS = (1e-3, 1e-2, 1e-1, 1)  # weight decays from which a probe chooses
 BINS = 50  # of the histograms of cosines, from -1 to 1
@@ -67,6 +69,7 @@ MAIN = {"COCO-LM": "", "RTD": "--token_task=rtd --contrastive=False", "CLM": "--
         "MLM": "--token_task=mlm --contrastive=False"}
 SEED_1 = {"RTD + SCL": "--token_task=rtd",
           "all-token MLM": "--token_task=all_token_mlm --contrastive=False"}
+ABLATION_SEED = 6  # none of the main rows', so that the ablations can run on another kind of processor
 ABLATIONS = {  # each is compared with the first
     "COCO-LM": "",
     "no relative positions": "--relative_positions=False", "random replacements": "--corruption=random",
@@ -85,10 +88,7 @@ LOGGED = ["mlm_loss", "copy_loss", "lm_loss", "scl_loss", "copy_auc", "copy_accu
 
 
 def plan(args):
-    """All rows in their order; the main part goes seed by seed, so that a stopped study has whole seeds.
-
-    The ablations have a seed of their own, so that they can run on another kind of processor.
-    """
+    """All rows in their order; the main part goes seed by seed, so that a stopped study has whole seeds."""
     rows, all_seeds = [("main", "bag of words", "", 0, 0)], range(1, args.seeds + 1)
     for seed in all_seeds:
         rows.append(("main", "untrained", "--learning_rate=0", seed, 1))
@@ -97,7 +97,7 @@ def plan(args):
              for seed in all_seeds for part in (2, 4) for name in ("COCO-LM", "RTD")]
     rows += [("small", f"relative_init {init}", f"--relative_init={init}", seed, args.steps // 3)
              for seed in all_seeds[:2] for init in ("normal", "local")]
-    rows += [("ablations", *row, args.seeds + 1, args.steps // 2) for row in ABLATIONS.items()]
+    rows += [("ablations", *row, ABLATION_SEED, args.steps // 2) for row in ABLATIONS.items()]
     return [dict(zip(("part", "name", "options", "seed", "steps"), row)) for row in rows]
 
 
@@ -118,50 +118,52 @@ def train_options(row, args):
 def processor():
     """The kind of processor or GPU. On another kind the last bits differ."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"model name\s*: (.*)", lines)
     return f"{found[1] if found else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def die_with_parent():
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def die_with_parent(libc=ctypes.CDLL(None) if sys.platform == "linux" else None):
+    if libc:
+        libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def call(folder, program, *options, accept="nothing"):
-    """Runs train.py or finetune.py; its output goes to folder/said.txt. -> its last line if it failed"""
+def call(folder, program, *options):
+    """Runs train.py or finetune.py; its output goes to folder/output.txt. -> True if a loss was not finite"""
     gpus = torch.cuda.device_count()
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus else []
-    options = [*options, *([] if gpus else ["--dtype=float32"])]
-    with open(folder / "said.txt", "a+", encoding="utf-8") as said:
-        print("$ python", program, *options, file=said, flush=True)
-        done = subprocess.run([sys.executable, *start, ROOT / program, *options], stdout=said, stderr=said,
-                              env=os.environ | ({} if gpus else {"OMP_NUM_THREADS": "1"}),
-                              preexec_fn=die_with_parent)
-        said.seek(0)
-        problem = said.read().strip().splitlines()[-1] if done.returncode else ""
-    if problem and accept not in problem:
-        raise InputError(f"{program} failed, see {said.name}: {problem}")
-    return problem
+    options = [*options, *([] if gpus else ["--device=cpu", "--dtype=float32"])]
+    output = folder / "output.txt"
+    with open(output, "a", encoding="utf-8") as file:
+        print("$ python", program, *options, file=file, flush=True)
+        status = subprocess.run([sys.executable, *start, ROOT / program, *options], stdout=file, stderr=file,
+                                env=os.environ | ({} if gpus else {"OMP_NUM_THREADS": "1"}),
+                                preexec_fn=die_with_parent).returncode
+    if status and "not finite" not in output.read_text(encoding="utf-8"):
+        raise InputError(f"{program} failed with exit status {status}: see the end of {output}.")
+    return status != 0
 
 
 def pretrain(row, folder, args):
-    """Runs train.py -> log, compute and time. A loss that is not finite is a result as well."""
+    """Runs train.py -> settings, log, compute and time. A loss that is not finite is a result as well."""
     folder.mkdir(parents=True, exist_ok=True)
+    every = min(max(row["steps"] // 20, 1), 1000)
     options = [*train_options(row, args), f"--data_dir={args.data_dir}", f"--out_dir={folder}",
-               "--init_from=resume_or_scratch", f"--checkpoint_interval={max(row['steps'] // 20, 1)}"]
-    if "--corruption=frozen" in options:  # that of a run of COCO-LM as long as this one
+               "--init_from=resume_or_scratch", f"--checkpoint_interval={every}"]
+    if "--corruption=frozen" in options:  # the auxiliary of a run of COCO-LM as long as this one
         pretrain(row | {"options": ""}, folder / "converged", args)
         options.append(f"--auxiliary_from={folder / 'converged' / 'ckpt.pt'}")
-    problem = call(folder, "train.py", *options, accept="not finite")
+    failed = call(folder, "train.py", *options)
     header, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     val = [line for line in lines if line["split"] == "val"]
+    log = {key: [math.nan if line[key] is None else float(f"{line[key]:.4g}") for line in val]
+           for key in LOGGED if key in val[-1]}
     sequences = row["steps"] * header["constants"]["batch_size"]
-    return {"failed": problem, "versions": header["versions"], "date": header["date"],
-            "seconds": lines[-1]["seconds"], "flops": flops(Config(**header["config"])) * sequences,
-            "log": {key: [float(f"{line[key] or 0:.4g}") for line in val]
-                    for key in ["step", *LOGGED] if key in val[-1]}}
+    return {"failed": failed, "settings": header["constants"], "versions": header["versions"],
+            "date": header["date"], "seconds": lines[-1]["seconds"],
+            "flops": flops(Config(**header["config"])) * sequences,
+            "log": {"step": [line["step"] for line in val], **log}}
 
 
 def fine_tune(task, count, folder, args):
@@ -175,23 +177,24 @@ def fine_tune(task, count, folder, args):
 
 def run_row(row, args):
     """Trains, fine-tunes and measures a row, and writes its results -> its file's name"""
-    name, folder, tasks = file_name(row), Path(args.work_dir, file_name(row)), dict.fromkeys(TWICE, 2)
+    name, folder, vectors = file_name(row), Path(args.work_dir, file_name(row)), {}
     result = row | {"options": train_options(row, args), "processor": processor(), "log": {}, "seconds": 0,
-                    "flops": 0, "fine_tuning": FINE_TUNING.get(args.preset, {}), "failed": ""}
+                    "flops": 0, "fine_tuning": FINE_TUNING.get(args.preset, {}), "failed": False}
+    tasks = {"small": {}, "efficiency": {COMPUTE_SCORE: 2}}.get(row["part"], dict.fromkeys(TWICE, 2))
+    if row["part"] == "main" and row["seed"] == 1:
+        tasks |= dict.fromkeys(ONCE, 1)
     if row["name"] == "bag of words":
         tokenizer, tasks = Tokenizer.load(Path(args.data_dir, args.dataset)), {}
         vectors = {"bag": lambda texts: bag_vectors(tokenizer, texts)}
     else:
         result |= pretrain(row, folder, args)
-        model, tokenizer = load_checkpoint(folder / "ckpt.pt")
-        vectors = {"[CLS]": lambda texts: cls_vectors(model, tokenizer, texts),
-                   "mean": lambda texts: model.embed(tokenizer.batch(texts))}
-    if row["part"] == "main" and row["seed"] == 1:
-        tasks |= dict.fromkeys(ONCE, 1)
-    if row["part"] == "efficiency":
-        vectors, tasks = {}, {SIGNAL: 2}
-    if row["part"] == "small" or result["failed"]:
-        vectors, tasks = {}, {}
+        if result["failed"]:
+            tasks = {}
+        elif row["part"] in ("main", "ablations"):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model, tokenizer = load_checkpoint(folder / "ckpt.pt", device)
+            vectors = {"[CLS]": lambda texts: cls_vectors(model, tokenizer, texts, device),
+                       "mean": lambda texts: model.embed(tokenizer.batch(texts))}
     scores = {task: fine_tune(task, count, folder, args) for task, count in tasks.items()}
     for kind, function in vectors.items():
         scores |= {f"{score}, {kind}": value for score, value in frozen_scores(function, args).items()}
@@ -202,27 +205,33 @@ def run_row(row, args):
 
 
 def read_results(args):
-    return [json.loads(path.read_bytes()) for path in Path(args.results_dir, args.preset).glob("*.json")]
+    """The results that are there, in the order of the plan"""
+    files = [Path(args.results_dir, args.preset, f"{file_name(row)}.json") for row in plan(args)]
+    return [json.loads(file.read_bytes()) for file in files if file.exists()]
 
 
 def run(args):
     """Runs what has no results yet, one row a core."""
     Path(args.results_dir, args.preset).mkdir(parents=True, exist_ok=True)
-    results, here, jobs = {file_name(r): r for r in read_results(args)}, processor(), []
-    began_on = {r["seed"]: r["processor"] for r in results.values()}
+    results, here = {file_name(result): result for result in read_results(args)}, processor()
+    began_on, jobs = {result["seed"]: result["processor"] for result in results.values()}, []
     for row in plan(args):
         name, options = file_name(row), train_options(row, args)
         if name in results and results[name]["options"] != options:
             raise InputError(f"{args.results_dir}/{args.preset}/{name}.json has other options than "
                              f"{' '.join(options)}: choose another --results_dir.")
-        if name not in results and args.only in name and began_on.get(row["seed"], here) == here:
+        if name not in results and args.only in name:
             jobs.append(row)
-    tell(f"{here}: {len(results)} rows are finished, {len(jobs)} to run")
+    elsewhere = [row for row in jobs if began_on.get(row["seed"], here) != here]
+    jobs = [row for row in jobs if row not in elsewhere]
+    tell(f"{here}: {len(results)} rows are finished, {len(jobs)} to run, "
+         f"{len(elsewhere)} left to the processor on which their seed began")
     torch.set_num_threads(1)
+    work = [row["steps"] + args.steps // 4 for row in jobs]  # a quarter: fine-tuning and measures, about
     began = time.monotonic()
     with ThreadPoolExecutor(1 if torch.cuda.device_count() else os.cpu_count()) as pool:
         for done, name in enumerate(pool.map(lambda row: run_row(row, args), jobs), 1):
-            left = (time.monotonic() - began) / done * (len(jobs) - done)
+            left = (time.monotonic() - began) / sum(work[:done]) * sum(work[done:])
             tell(f"{name} is finished; {done} of {len(jobs)}, about {timedelta(seconds=round(left))} left")
 
 
@@ -231,10 +240,10 @@ def run(args):
 
 
 @torch.no_grad()
-def cls_vectors(model, tokenizer, texts):
+def cls_vectors(model, tokenizer, texts, device):
     """The hidden states of [CLS]"""
-    parts = [model.main(tokenizer.batch(texts[i : i + 64]))[:, 0] for i in range(0, len(texts), 64)]
-    return F.normalize(torch.cat(parts), dim=-1)
+    batches = [tokenizer.batch(texts[i : i + 64]).to(device) for i in range(0, len(texts), 64)]
+    return F.normalize(torch.cat([model.main(tokens)[:, 0] for tokens in batches]), dim=-1).cpu()
 
 
 def bag_vectors(tokenizer, texts):
@@ -245,10 +254,9 @@ def bag_vectors(tokenizer, texts):
 
 def glue(task, split, args):
     """The texts of a split of GLUE, a list for each column, and the labels as numbers"""
-    row = {"name": task, **finetune.TASKS[task]}
-    rows = finetune.read_glue(Path(args.glue_dir, task, f"{split}.tsv"), row, split)
-    number = row["labels"].index if row["labels"] else float
-    return [list(column) for column in zip(*(t for _, t, _ in rows))], np.array([number(y) for *_, y in rows])
+    rows = finetune.read_glue(Path(args.glue_dir, task, f"{split}.tsv"), finetune.TASKS[task], split)
+    _, texts, labels = zip(*rows)
+    return list(zip(*texts)), np.array([float(label) for label in labels])
 
 
 def probe(train, labels, dev):
@@ -288,7 +296,10 @@ def frozen_scores(vectors, args):
 
 
 def histograms(vectors, args):
-    """Cosines of STS-B's training pairs: of those that humans scored 4.8 or more, and of random ones"""
+    """Cosines of STS-B's training pairs: of those that humans scored 4.8 or more, and of random ones
+
+    Random is the second sentence of the row before, so mostly of the same genre: captions, forums or news.
+    """
     (a, b), gold = glue("STS-B", "train", args)
     a, b = vectors(a), vectors(b)
     cosines = {"similar": (a * b).sum(1)[gold >= 4.8], "random": (a * b.roll(1, 0)).sum(1)}
@@ -299,8 +310,10 @@ def histograms(vectors, args):
 # draw
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t: the mean of n values is known to t sd / root n
-CONTRASTS = [("CLM", "MLM"), ("CLM", "RTD"), ("COCO-LM", "CLM"), ("COCO-LM", "RTD"), ("COCO-LM", "MLM"),
-             ("CLM", "all-token MLM"), ("COCO-LM", "RTD + SCL"), ("COCO-LM", "untrained")]
+CONTRASTS = [("main", *rows) for rows in (
+    ("CLM", "MLM"), ("CLM", "RTD"), ("COCO-LM", "CLM"), ("COCO-LM", "RTD"), ("COCO-LM", "MLM"),
+    ("CLM", "all-token MLM"), ("COCO-LM", "RTD + SCL"), ("COCO-LM", "untrained"))]
+CONTRASTS += [("ablations", name, "COCO-LM") for name in ABLATIONS if name != "COCO-LM"]
 COLOURS = {"COCO-LM": "#3d85c6", "CLM": "#3f9b5b", "RTD": "#d9822b", "MLM": "#9b6bbf", "RTD + SCL": "#b8860b",
            "all-token MLM": "#cc4b4b", "relative_init local": "#3d85c6", "relative_init normal": "#d9822b"}
 STYLE = {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 11,
@@ -311,70 +324,77 @@ STYLE = {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.rig
 
 def points(result):
     """(CSV, measure, x, value) of everything that the results of a row hold"""
-    last = {name: values[-1] for name, values in result["log"].items() if name != "step"}
+    log, steps = dict(result["log"]), result["steps"]
+    logged_steps = log.pop("step", [])
+    last = {name: values[-1] for name, values in log.items()}
     last |= {f"minutes, {result['processor']}": result["seconds"] / 60, "petaflop": result["flops"] / 1e15}
     for score, value in (result["scores"] | last).items():
-        yield "scores", score, result["steps"], float(np.mean(value))  # over fine-tuning seeds
-    for vector, histograms in result["cosines"].items():
-        for pairs, counts in histograms.items():
+        yield "scores", score, steps, float(np.mean(value))  # over fine-tuning seeds
+    if result["part"] in ("main", "small"):
+        for name, values in log.items():
+            yield from (("curves", name, int(step), value) for step, value in zip(logged_steps, values))
+    for vector, of_pairs in result["cosines"].items():
+        for pairs, counts in of_pairs.items():
             cosines, shares = (np.arange(BINS) + 0.5) * 2 / BINS - 1, np.array(counts) / sum(counts)
-            yield "scores", f"cosine of {pairs} pairs, {vector}", result["steps"], float(cosines @ shares)
+            yield "scores", f"cosine of {pairs} pairs, {vector}", steps, float(cosines @ shares)
             if result["part"] == "main":
                 yield from (("space", f"{vector}, {pairs}", *point) for point in zip(cosines, shares))
-    for name in last.keys() & set(LOGGED) if result["part"] in ("main", "small") else ():
-        yield from (("curves", name, int(x), y) for x, y in zip(result["log"]["step"], result["log"][name]))
 
 
 def table(results):
     """(CSV, part, row, measure, x) -> {seed: value}, sorted"""
-    found = {}
+    values = {}
     for r in results:
         for name, measure, x, value in points(r):
-            found.setdefault((name, r["part"], r["name"], measure, x), {})[r["seed"]] = value
-    return {key: dict(sorted(found[key].items())) for key in sorted(found)}
+            values.setdefault((name, r["part"], r["name"], measure, x), {})[r["seed"]] = value
+    return {key: dict(sorted(values[key].items())) for key in sorted(values)}
 
 
-def statistics(of_seed):
+def statistics(by_seed):
     """{seed: value} -> mean, standard deviation (None of one value) and number of values"""
-    values = list(of_seed.values())
+    values = list(by_seed.values())
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, len(values)
 
 
-def paired(found):
-    """(difference of two rows, score, mean, sd, seeds, ends of the mean's 95 % interval), seed by seed"""
-    rows = {(row, score): of_seed for (name, part, row, score, _), of_seed in found.items()
-            if (name, part) == ("scores", "main")}
-    for one, other in CONTRASTS:
-        for score in [score for row, score in rows if row == one]:
-            a, b = rows[one, score], rows.get((other, score), {})
+def paired(results):
+    """(part, two rows, score; of their differences the mean, sd, seeds, and the 95 % interval of the mean)"""
+    scores = {}  # part, row, score -> {seed: value}
+    for r in results:
+        for score, value in r["scores"].items() if r["part"] != "efficiency" else ():
+            scores.setdefault((r["part"], r["name"], score), {})[r["seed"]] = float(np.mean(value))
+    for part, one, other in CONTRASTS:
+        for score in [key[2] for key in scores if key[:2] == (part, one)]:
+            a, b = scores[part, one, score], scores.get((part, other, score), {})
             if both := a.keys() & b.keys():
-                mean, sd, n = statistics({seed: a[seed] - b[seed] for seed in sorted(both)})
-                reach = T95[n] * sd / math.sqrt(n) if n > 1 else math.inf
-                yield f"{one} - {other}", score, mean, sd, n, mean - reach, mean + reach
+                mean, sd, n = statistics({seed: a[seed] - b[seed] for seed in both})
+                half = T95[n] * sd / math.sqrt(n) if n > 1 else math.inf
+                yield part, f"{one} - {other}", score, mean, sd, n, mean - half, mean + half
 
 
-def against_compute(found, row):
+def against_compute(results, name):
     """seed -> [(PFLOP, score)] of its runs, the shortest first"""
     curves = {}
-    for (name, part, other, score, steps), of_seed in found.items():
-        if (name, other, score) == ("scores", row, SIGNAL) and part in ("main", "efficiency"):
-            for seed, value in of_seed.items():
-                curves.setdefault(seed, []).append((found[name, part, row, "petaflop", steps][seed], value))
-    return {seed: sorted(curve) for seed, curve in sorted(curves.items())}
+    for r in results:
+        if r["name"] == name and r["part"] in ("main", "efficiency"):
+            score = float(np.mean(r["scores"][COMPUTE_SCORE]))
+            curves.setdefault(r["seed"], []).append((r["flops"] / 1e15, score))
+    return {seed: sorted(curve) for seed, curve in curves.items()}
 
 
-def needed(found):
-    """(COCO-LM's seed, RTD's seed, share of RTD's FLOPs with which COCO-LM has the score of RTD's whole run)
+def needed(results):
+    """(seed, share of RTD's FLOPs with which COCO-LM has the score of RTD's longest run)
 
-    Straight lines over the logarithm of FLOPs join COCO-LM's scores; "outside": they do not reach RTD's, or
-    the shortest run is above it.
+    Straight lines over the logarithm of FLOPs join COCO-LM's scores. "< 0.4": its shortest run, with 0.4 of
+    the FLOPs, has a higher score; "> 1.6": its longest one has a lower score.
     """
-    for seed, curve in against_compute(found, "COCO-LM").items():
-        for other, (*_, (whole, goal)) in against_compute(found, "RTD").items():
-            shares = [x / whole * (x1 / x) ** ((goal - y) / (y1 - y))
-                      for (x, y), (x1, y1) in zip(curve, curve[1:]) if y <= goal <= y1 and y < y1]
-            if len(curve) > 1:
-                yield seed, other, *(shares[:1] or ["outside"])
+    for seed, curve in against_compute(results, "COCO-LM").items():
+        if len(curve) > 1 and (rtd := against_compute(results, "RTD").get(seed)):
+            flops, score = rtd[-1]
+            shares = [x / flops * (x1 / x) ** ((score - y) / (y1 - y))
+                      for (x, y), (x1, y1) in zip(curve, curve[1:]) if y <= score <= y1 and y < y1]
+            above = curve[0][1] > score
+            edge = f"< {curve[0][0] / flops:.3f}" if above else f"> {curve[-1][0] / flops:.3f}"
+            yield seed, shares[0] if shares else edge
 
 
 def write_csv(name, header, rows):
@@ -384,11 +404,11 @@ def write_csv(name, header, rows):
         writer.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row] for row in rows)
 
 
-def line(found, name, row, measure):
+def line(values, name, row, measure):
     """x, mean and standard deviation: three arrays"""
-    points = [(x, *statistics(of_seed)[:2]) for (*key, x), of_seed in found.items()
-              if (key[0], *key[2:]) == (name, row, measure)]
-    return np.array(points, float).reshape(-1, 3).T
+    rows = [(x, *statistics(by_seed)[:2]) for (*key, x), by_seed in values.items()
+            if (key[0], *key[2:]) == (name, row, measure)]
+    return np.array(rows, float).reshape(-1, 3).T
 
 
 def figure(name, xlabel, *panels):
@@ -401,24 +421,25 @@ def figure(name, xlabel, *panels):
     _, axes = plt.subplots(len(panels), figsize=(5.2, 2.4 * len(panels)), layout="constrained", squeeze=False)
     for ax, (title, lines) in zip(axes[:, 0], panels):
         ax.set_title(title)
-        lines = [line for line in lines if line[-1].size]
+        lines = [each for each in lines if each[-1].size]
         for _, row, style, (x, y, sd) in lines:
             ax.plot(x, y, style, color=COLOURS[row], lw=2)
             ax.fill_between(x, y - sd, y + sd, color=COLOURS[row], alpha=0.3, lw=0)
-        (low, high), place = ax.get_ylim(), math.inf
-        for label, row, _, (x, y, _) in sorted(lines, key=lambda line: -line[-1][1, -1]):
-            place = min(y[-1], place - (high - low) / 9) if label else place  # labels do not overlap
-            ax.annotate(label, (x[-1], place), (4, 0), textcoords="offset points", va="center",
-                        color=COLOURS[row], annotation_clip=False)
+        (low, high), label_y = ax.get_ylim(), math.inf
+        for label, row, _, (x, y, _) in sorted(lines, key=lambda each: -each[-1][1, -1]):
+            if label:
+                label_y = min(y[-1], label_y - (high - low) / 9)  # labels do not overlap
+                ax.annotate(label, (x[-1], label_y), (4, 0), textcoords="offset points", va="center",
+                            color=COLOURS[row], annotation_clip=False)
         ax.locator_params(axis="x", nbins=6)
     ax.set_xlabel(xlabel)
     plt.savefig(ASSETS / f"{name}.png", dpi=160)
     plt.close()
 
 
-def draw_figures(found):
+def draw_figures(results, values):
     def curves(measure, *rows):
-        return [(row, row, "-", line(found, "curves", row, measure)) for row in rows]
+        return [(row, row, "-", line(values, "curves", row, measure)) for row in rows]
 
     copying = ("CLM", "all-token MLM")
     figure("copy", "steps",
@@ -428,34 +449,39 @@ def draw_figures(found):
            ("LM head: accuracy at replaced tokens", curves("lm_accuracy_replaced", *copying)))
     figure("space", "cosine of the [CLS] vectors of two sentences of STS-B", *(
         (f"{row}: share of the pairs", [
-            (pairs, row, style, line(found, "space", row, f"[CLS], {pairs}")[:, 7 * BINS // 10 :])  # from 0.4
+            (pairs, row, style, line(values, "space", row, f"[CLS], {pairs}")[:, 35:])  # from a cosine of 0.4
             for pairs, style in (("random", ":"), ("similar", "-"))])
         for row in ("COCO-LM", "CLM", "RTD")))
     figure("uniformity", "steps",
-           ("alignment: mean squared distance of twins", curves("alignment", "COCO-LM", "RTD + SCL")),
+           ("alignment: mean squared distance of a text and its crop",
+            curves("alignment", "COCO-LM", "RTD + SCL")),
            ("uniformity", curves("uniformity", "COCO-LM", "RTD + SCL")),
            ("mean cosine of the hidden states of two texts", curves("mean_cosine", *MAIN)))
-    runs = {row: against_compute(found, row) for row in ("RTD", "COCO-LM")}
-    figure("efficiency", "compute of pretraining, PFLOP", (
-        f"{SIGNAL}, fine-tuned, {finetune.TASKS[SIGNAL]['metrics'][0]}: a line or point for each seed",
-        [(row * (seed == max(of_seed)), row, "o-", np.array([(*point, 0) for point in curve]).T)
-         for row, of_seed in runs.items() for seed, curve in of_seed.items()]))
     figure("small", "steps", *((measure, curves(measure, "relative_init local", "relative_init normal"))
                                for measure in ("mlm_loss", "copy_auc", "mean_cosine")))
+    runs = {row: against_compute(results, row) for row in ("RTD", "COCO-LM")}
+    figure("efficiency", "compute of pretraining, PFLOP", (
+        f"{COMPUTE_SCORE}, fine-tuned, Pearson; a line for each seed", [
+            (row if seed == min(curves) else "", row, "o-", np.array([(*point, 0) for point in curve]).T)
+            for row, curves in runs.items() for seed, curve in curves.items()]))
 
 
 def draw(args):
-    """Writes the CSVs, and the figures if matplotlib is there."""
-    if not (found := table(read_results(args))):
+    """Writes the CSVs, and the figures if matplotlib is there. Rows that diverged are said and left out."""
+    results = read_results(args)
+    for result in (result for result in results if result["failed"]):
+        tell(f"{file_name(result)}: a loss was not finite")
+    if not (results := [result for result in results if not result["failed"]]):
         raise InputError(f"{args.results_dir}/{args.preset} has no results: first python tests/study.py run")
+    values = table(results)
     ASSETS.mkdir(exist_ok=True)
     for name, x in (("scores", "steps"), ("curves", "step"), ("space", "cosine")):
         write_csv(name, f"part row measure {x} mean sd seeds", [
-            (*key[1:], *statistics(of_seed)) for key, of_seed in found.items() if key[0] == name])
-    write_csv("paired", "difference score mean sd seeds low high", paired(found))
-    write_csv("needed", "coco_lm_seed rtd_seed share", needed(found))
+            (*key[1:], *statistics(by_seed)) for key, by_seed in values.items() if key[0] == name])
+    write_csv("paired", "part difference score mean sd seeds low high", paired(results))
+    write_csv("needed", "seed share", needed(results))
     try:
-        draw_figures(found)
+        draw_figures(results, values)
     except ImportError:
         tell("The CSVs are written. The figures need a package: pip install matplotlib")
 

@@ -12,7 +12,7 @@ from data import InputError
 
 def record(name, seed, steps, score, flops=100, part="main"):
     return {"part": part, "name": name, "seed": seed, "steps": steps, "flops": flops, "seconds": 60.0,
-            "processor": "P", "scores": {"STS-B": [score - 1, score + 1], "CoLA": [score]},
+            "processor": "P", "failed": None, "scores": {"STS-B": [score - 1, score + 1], "CoLA": [score]},
             "cosines": {"[CLS]": {"similar": [1] * 50, "random": [2] * 50}},
             "log": {"step": [0, steps // 2, steps], "copy_auc": [0.5, 0.6, score / 100]}}
 
@@ -28,44 +28,48 @@ def test_train_takes_the_options_of_all_rows():
     base = configs.pop(("main", "COCO-LM"))
     assert base == configs.pop(("ablations", "COCO-LM")) == configs.pop(("efficiency", "COCO-LM"))
     assert configs["ablations", "narrow auxiliary"]["auxiliary_width"] == 252  # 1/3, and a multiple of 12 heads
-    changes = {name: config.items() - base.items() for (part, name), config in configs.items() if part == "ablations"}
-    assert len(changes) == 15 and all(changes.values())  # each is another model
+    ablations = [config for (part, _), config in configs.items() if part == "ablations"]
+    assert len(ablations) == 15 and base not in ablations
     assert len({study.file_name(row) for row in rows}) == len(rows)
 
 
 def test_paired_differences_are_of_the_same_seed():
     records = [record("COCO-LM", s, 10, x) for s, x in ((1, 5.0), (2, 7.0), (3, 9.0))]
     records += [record("RTD", s, 10, x) for s, x in ((3, 5.0), (1, 4.0), (2, 4.0), (4, 50.0))]
-    found = {row[:2]: row[2:] for row in study.paired(study.table(records))}
-    mean, sd, n, low, high = found["COCO-LM - RTD", "STS-B"]
+    found = {row[:3]: row[3:] for row in study.paired(records)}
+    mean, sd, n, low, high = found["main", "COCO-LM - RTD", "STS-B"]
     assert (mean, n) == (pytest.approx(8 / 3), 3)  # 1, 3, 4
     assert sd == pytest.approx(math.sqrt((25 + 1 + 16) / 9 / 2))
     assert (low + high) / 2 == pytest.approx(mean) and high - mean == pytest.approx(4.303 * sd / math.sqrt(3))
 
 
 def test_needed_compute():
-    coco = [record("COCO-LM", 1, steps, score, flops, "main" if steps == 100 else "efficiency")
-            for steps, score, flops in ((25, 1.0, 100), (50, 3.0, 400), (100, 4.0, 1600))]
-    rtd = [record("RTD", seed, 100, goal, 800) for seed, goal in enumerate((2.0, 3.5, 4.5, 0.5), 1)]
-    rtd.append(record("RTD", 1, 50, 9.0, 400, "efficiency"))  # not its whole run
-    expected = [pytest.approx(200 / 800), pytest.approx(800 / 800), "outside", "outside"]
-    rows = list(study.needed(study.table([*coco, *rtd])))
-    assert rows == [(1, seed, share) for seed, share in enumerate(expected, 1)]
+    records = []
+    for seed, goal in enumerate((2.0, 3.5, 4.5, 0.5), 1):
+        records += [record("COCO-LM", seed, steps, score, flops, "main" if steps == 100 else "efficiency")
+                    for steps, score, flops in ((100, 4.0, 1600), (25, 1.0, 100), (50, 3.0, 400))]
+        records += [record("RTD", seed, 50, 9.0, 400, "efficiency"), record("RTD", seed, 100, goal, 800)]
+    records += [record("RTD", 5, 100, 2.0, 800), record("COCO-LM", 5, 100, 4.0, 1600)]  # one run: no line
+    expected = [pytest.approx(200 / 800), pytest.approx(800 / 800), "> 2.000", "< 0.125"]
+    assert list(study.needed(records)) == list(enumerate(expected, 1))
 
 
 def test_draw_gives_the_same_csvs(tmp_path, monkeypatch):
     (tmp_path / "records" / "tiny").mkdir(parents=True)
-    for name, score in (("untrained", 1.0), ("RTD", 3.0), ("CLM", 4.0), ("COCO-LM", 5.0)):
+    for name, score in (("RTD", 3.0), ("CLM", 4.0), ("COCO-LM", 5.0)):
         for seed in (1, 2):
-            file = tmp_path / "records" / "tiny" / f"{name}{seed}.json"
-            file.write_text(json.dumps(record(name, seed, 10, score + seed)))
+            row = record(name, seed, 40, score + seed)
+            (tmp_path / "records" / "tiny" / f"{study.file_name(row)}.json").write_text(json.dumps(row))
+    diverged = record("MLM", 1, 40, 9.0) | {"failed": "not finite"}
+    (tmp_path / "records" / "tiny" / "mlm-40-1.json").write_text(json.dumps(diverged))
     drawn = []
     for again in range(2):
         monkeypatch.setattr(study, "ASSETS", tmp_path / str(again))
-        study.draw(SimpleNamespace(results_dir=tmp_path / "records", preset="tiny"))
+        study.draw(SimpleNamespace(results_dir=tmp_path / "records", preset="tiny", steps=40, seeds=3))
         drawn.append({file.name: file.read_bytes() for file in (tmp_path / str(again)).glob("*.csv")})
     assert drawn[0] == drawn[1]
-    assert b"main,CLM,STS-B,10,5.5,0.70711,2\n" in drawn[0]["scores.csv"]
+    assert b"main,CLM,STS-B,40,5.5,0.70711,2\n" in drawn[0]["scores.csv"]
+    assert b"MLM" not in drawn[0]["scores.csv"]
 
 
 def test_a_row_is_run_once(tmp_path, monkeypatch):
@@ -80,13 +84,14 @@ def test_a_row_is_run_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "TWICE", ("CoLA",))
     monkeypatch.setattr(study, "ONCE", ())
     monkeypatch.setattr(study, "plan", lambda args: [row])
-    row = {"part": "main", "name": "untrained", "options": "--learning_rate=0", "seed": 1, "steps": 1}
+    row = {"part": "ablations", "name": "frozen auxiliary", "options": "--corruption=frozen", "seed": 1, "steps": 1}
     args = SimpleNamespace(preset="tiny", steps=40, seeds=1, only="", dataset="toy", data_dir=tmp_path,
                            glue_dir=tmp_path, work_dir=tmp_path / "work", results_dir=tmp_path / "results")
     study.run(args)
     [file] = (tmp_path / "results" / "tiny").iterdir()
     result = json.loads(file.read_bytes())
     assert len(result["scores"]["CoLA"]) == 2 and sum(result["cosines"]["mean"]["random"]) == 20
+    assert result["settings"]["corruption"] == "frozen" and result["log"]["step"] == [0, 1]
     written = file.stat().st_mtime_ns
     study.run(args)
     assert file.stat().st_mtime_ns == written
