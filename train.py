@@ -79,11 +79,10 @@ keep_interval: CountOrZero = 0   # steps between checkpoints that stay, as ckpt.
 SCHEDULES = {  # batch_size and max_steps of base and above [paper, model]; all else has no source: [ours]
     "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1300, warmup_steps=300, learning_rate=1.5e-3,
                  eval_interval=650, eval_batches=16, checkpoint_interval=200),
-    "small": dict(batch_size=256, micro_batch_size=32, max_steps=100_000, warmup_steps=5_000,
-                  learning_rate=5e-4, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
     "base": dict(batch_size=2048, micro_batch_size=32, max_steps=125_000, warmup_steps=10_000,
                  learning_rate=5e-4, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
 }
+SCHEDULES["small"] = SCHEDULES["base"] | dict(batch_size=256, max_steps=100_000, warmup_steps=5_000)
 SCHEDULES["base++"] = SCHEDULES["base"] | dict(max_steps=2_000_000)
 SCHEDULES["large++"] = SCHEDULES["base++"] | dict(micro_batch_size=16, learning_rate=3e-4)
 
@@ -126,17 +125,15 @@ def read_settings(argv):
     parser.set_defaults(preset=preset, **defaults)
     args = parser.parse_args(argv)
 
-    args.processes, (share, rest) = WORLD, divmod(args.batch_size, WORLD)  # share: sequences of a process
-    while may_shrink and args.micro_batch_size > 1 and share % args.micro_batch_size:
+    while may_shrink and args.micro_batch_size > 1 and args.batch_size % (WORLD * args.micro_batch_size):
         args.micro_batch_size -= 1
-    if rest or share % args.micro_batch_size:
+    if args.batch_size % (WORLD * args.micro_batch_size):
         parser.error(f"batch_size={args.batch_size} is not a multiple of processes x micro_batch_size = "
                      f"{WORLD} x {args.micro_batch_size}")
-    args.accumulation = share // args.micro_batch_size  # passes in a step
+    args.processes, args.accumulation = WORLD, args.batch_size // (WORLD * args.micro_batch_size)
     args.negatives = 2 * args.micro_batch_size * (WORLD if args.gather_negatives else 1) - 2  # not its twin
     if args.contrastive and not args.negatives:
-        parser.error("there is nothing to contrast with: choose more processes, a larger micro_batch_size or "
-                     "--contrastive=False")
+        parser.error("there are no negatives: choose a larger micro_batch_size or --contrastive=False")
     if (args.corruption == "frozen") != bool(args.auxiliary_from):
         parser.error("corruption=frozen and auxiliary_from=CHECKPOINT need each other: give both or neither")
     make_config(args, vocab_size=2**16)  # raises an error before the text is prepared
@@ -272,10 +269,10 @@ def write_file(path, content, before=None):
 def weights_file(path):
     """The file that holds the weights: path, or one in that folder if it is of a released model."""
     names = ("model.pt", "model.safetensors", "pytorch_model.bin")
-    found = [Path(path, name) for name in names if Path(path, name).exists()]
-    if Path(path).is_dir() and not found:
+    file = next((Path(path, name) for name in names if Path(path, name).exists()), Path(path))
+    if file.is_dir():
         raise InputError(f"{path} is a folder without {', '.join(names)}: give the path of a checkpoint.")
-    return found[0] if found else Path(path)
+    return file
 
 
 def read_checkpoint(path, *more):
@@ -342,7 +339,8 @@ def find_checkpoint(args):
                 problems += f"{error} "
     if args.init_from == "resume":
         raise InputError(f"{problems}{out} holds no checkpoint to resume from.")
-    if (resume or not args.overwrite) and (there := sorted(out.glob("ckpt*.pt"))):
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # then they are of this run
+    if (resume or restarted or not args.overwrite) and (there := sorted(out.glob("ckpt*.pt"))):
         raise InputError(f"{problems}{there[0]} is of another run: continue with --init_from=resume, replace"
                          f" it with --init_from=scratch --overwrite=True, or choose another --out_dir.")
     return None, None
@@ -414,7 +412,7 @@ def to_device(batch, device):
 def add(totals, losses, statistics):
     """Adds the results of a pass to name -> (sum, count)."""
     pairs = {name: pair(loss.detach()) for name, loss in losses.items()}
-    for name, sum_and_count in {**pairs, **(statistics or {})}.items():
+    for name, sum_and_count in (pairs | (statistics or {})).items():
         totals[name] = totals.get(name, 0) + sum_and_count
 
 
@@ -576,7 +574,11 @@ def main(argv):
 
     # the model
     torch.manual_seed(args.seed)
-    model, changes = COCOLM(config), {}
+    model, changes, skipped = COCOLM(config), {}, 0  # skipped: steps that float16's scaler skipped
+    model.main.recompute = args.recompute
+    model.to(device).train()
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     if checkpoint:
         before = checkpoint["settings"]
         changes = {name: value for name, value in settings.items() if before.get(name) != value}
@@ -587,24 +589,21 @@ def main(argv):
         if args.contrastive and "negatives" in changes:
             say(f"warning: {args.negatives} negatives for each sequence vector, not {before['negatives']}")
         model.load_state_dict(checkpoint["model"])
-    elif args.init_from not in STARTS:
-        take_weights(model, args.init_from, tokenizer)
-    if args.auxiliary_from and not checkpoint:
-        take_weights(model, args.auxiliary_from, tokenizer, "auxiliary.")
-    if start >= args.max_steps:
-        return say(f"{out} is finished: step {start:,} of max_steps={args.max_steps:,}.")
-    model.main.recompute = args.recompute
-    model.to(device).train()
-    optimizer, skipped = make_optimizer(model, args), 0  # steps that float16's scaler skipped
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
-    if checkpoint:
         # the groups stay those of these settings and this device, and a scaler may be new
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
         skipped, checkpoint = checkpoint["skipped"], None  # None frees its memory
+    elif args.init_from not in STARTS:
+        take_weights(model, args.init_from, tokenizer)
+    if args.auxiliary_from and not start:
+        take_weights(model, args.auxiliary_from, tokenizer, "auxiliary.")
+    if start >= args.max_steps:
+        return say(f"{out} is finished: step {start:,} of max_steps={args.max_steps:,}.")
     if args.compile:
         model.passes = torch.compile(model.passes, dynamic=False)  # all but what crosses processes
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
+    ddp = model
+    if WORLD > 1:  # the buffers are constants
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     # Three unused passes. After the first one, DDP sorts its buckets, and with them the order of sums: then a
     # resumed run adds in the order of an undisturbed one. The others tell how long the run will take.
     example, trials = to_device(train.batch(0, range(args.micro_batch_size), args.batch_size), device), []
@@ -613,13 +612,13 @@ def main(argv):
         with autocast:
             losses, _, _ = ddp(example, gather, False)
         losses["loss"].backward()
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
         losses["loss"].item()  # waits for the device
         trials.append(time.perf_counter() - began)
     step_seconds = min(trials) * args.accumulation
 
     # the report and the log
-    step_tokens = args.batch_size * args.max_len
+    step_tokens, step_flops = args.batch_size * args.max_len, args.batch_size * flops(config)
     counts = {name: sum(p.numel() for p in part.parameters())  # both Transformers count what they share
               for name, part in (("all", model), *model.named_children())}
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
@@ -640,7 +639,7 @@ def main(argv):
         say(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
     if RANK == 0:
         held = held or lock(out)
-        if start and resumed_from.name == "ckpt.prev.pt" and (out / "ckpt.pt").exists():
+        if resumed_from == out / "ckpt.prev.pt" and (out / "ckpt.pt").exists():
             os.replace(out / "ckpt.pt", out / "ckpt.damaged")  # or the next save would make it ckpt.prev.pt
         for file in out.iterdir():  # unfinished files, and those of a run that is replaced
             if re.fullmatch(r"ckpt(\.prev|\.\d+)?\." + ("partial" if start else "(pt|partial)"), file.name):
@@ -653,9 +652,8 @@ def main(argv):
         log = Log(out / "log.jsonl", header, start, changes)
 
     # the loop; `step` is the number of steps done
-    received, stop, bad = catch_signals(), 0, False
+    received, stop, bad, times = catch_signals(), 0, False, []  # times: of the steps since the last row
     upcoming = batches(train, args.batch_size, args.micro_batch_size, RANK, WORLD, start)
-    seconds, timed = 0.0, 0  # of the steps since the last row of the log
     for step in range(start, args.max_steps + 1):
         last = step == args.max_steps
 
@@ -672,12 +670,12 @@ def main(argv):
             checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                           "config": vars(config), "settings": settings, "skipped": skipped,
                           "scaler": scaler.state_dict(), "tokenizer": tokenizer.state()}
-            os.fsync(log.file.fileno())
             try:
+                os.fsync(log.file.fileno())
                 write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
                 if keep:
                     write_file(out / f"ckpt.{step}.pt", checkpoint)
-            except InputError as error:  # a full disk, say
+            except (InputError, OSError) as error:  # a full disk, say
                 if last or stop:
                     raise
                 say(f"warning: {error} The run goes on, and tries again at the next interval.")
@@ -718,19 +716,18 @@ def main(argv):
             group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         # log
-        seconds, timed = seconds + time.perf_counter() - began, timed + 1
+        times.append(time.perf_counter() - began)
         if logged:
-            result, speed = means(totals), timed * args.batch_size / seconds  # sequences a second
-            row = {"tokens": (step + 1) * step_tokens, "tokens_per_sec": round(speed * args.max_len),
-                   "lr": lr, "mfu": speed * flops(config) / peak, "grad_norm": grad_norm, **result}
+            step_seconds, times = sum(times) / len(times), []
+            row = {"tokens": (step + 1) * step_tokens, "tokens_per_sec": round(step_tokens / step_seconds),
+                   "lr": lr, "mfu": step_flops / step_seconds / peak, "grad_norm": grad_norm, **means(totals)}
             if scaler.is_enabled():
                 row["skipped_steps"] = skipped
             if RANK == 0:
-                log.write("train", step + 1, row, (args.max_steps - step - 1) * seconds / timed)
-            seconds, timed = 0.0, 0
+                log.write("train", step + 1, row, (args.max_steps - step - 1) * step_seconds)
 
     if WORLD > 1:
         dist.barrier()  # torchrun ends all processes once one has failed, and process 0 may still be writing

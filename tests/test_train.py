@@ -609,6 +609,14 @@ def test_overwriting_deletes_the_files_of_a_run_alone(options, finished, tmp_pat
     assert (out / "notes.txt").read_bytes() == (finished / "ckpt.pt").read_bytes()
 
 
+def test_torchrun_restarts_do_not_overwrite_the_run(options, finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    status, said = attempt(*options, f"--out_dir={out}", "--overwrite=True")
+    assert status == 2 and f"{out}/ckpt" in said
+    assert contents(out) == contents(finished)
+
+
 def test_a_checkpoint_runs_no_code(tmp_path):
     class Trap:
         def __reduce__(self):
