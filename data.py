@@ -616,7 +616,7 @@ class ReleasedTokenizer(Tokenizer):
 
 
 def read_torch(path):
-    """What torch.save wrote. Runs no code: of classes that are not torch's, it makes argparse.Namespace."""
+    """What torch.save wrote. Runs no code: of classes that are not torch's, it makes argparse.Namespace alone."""
     import torch  # here, since the workers that prepare a corpus do not need it
     try:
         if zipfile.is_zipfile(path):  # older files have no checksums; torch.load does not verify them
@@ -762,7 +762,7 @@ def prepare(
                 "special_ids": tokenizer.special_ids, "pattern": tokenizer.pattern, "encoding": encoding,
                 "tokens": tokens, "dtype": tokenizer.dtype.name, "documents": documents, "bytes": text_bytes,
                 "sources": sources, "val_fraction": val_fraction,
-                "sha256": {file.stem: checksum(file) for file in new.iterdir()},
+                "sha256": {file.stem: checksum(file) for file in sorted(new.iterdir())},
                 "versions": {"python": sys.version.split()[0], "numpy": np.__version__,
                              "tiktoken": tiktoken.__version__}}
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
