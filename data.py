@@ -616,7 +616,7 @@ class ReleasedTokenizer(Tokenizer):
 
 
 def read_torch(path):
-    """What torch.save wrote. Runs no code: of classes that are not torch's, it makes argparse.Namespace alone."""
+    """What torch.save wrote. Runs no code: beside torch's own classes it makes argparse.Namespace."""
     import torch  # here, since the workers that prepare a corpus do not need it
     try:
         if zipfile.is_zipfile(path):  # older files have no checksums; torch.load does not verify them

@@ -13,7 +13,7 @@ Own data are train.tsv, dev.tsv and, if there, test.tsv; or .jsonl. The header o
 To change something, edit a constant or pass --name=value. What a run writes to out_dir/TASK/:
 
     results.json   median, minimum and maximum over the finished seeds, baseline, settings
-                   (scores are from 0 to 1, those of SQuAD in percent, as in its official script)
+                   (scores are at most 1, those of SQuAD in percent, as in its official script)
     best.pt        the state with the best score on dev, of the best seed
     predictions/   of that state: CoLA.tsv, the test set, as the leaderboard takes it; CoLA.dev.tsv, the dev
                    set, with probabilities and labels
@@ -83,6 +83,7 @@ TASKS = {
                 base=(16, 2e-5, 10, 1 / 10), large=(32, 2e-5, 5, 1 / 16)),
     "WNLI": dict(texts=["sentence1", "sentence2"], label="label", labels=BINARY, metrics=["accuracy"],
                  base=(16, 2e-5, 10, 1 / 10), large=(32, 2e-5, 5, 1 / 16)),  # as RTE [ours]: not in the paper
+    # the settings of 1.1 are those of 2.0 [ours]: the authors' code has 2.0 alone
     "SQuAD-1.1": dict(metrics=["exact_match", "f1"], selects=["f1"], max_len=384,
                       base=(32, 2e-5, 3, 1 / 10), large=(32, 2e-5, 3, 1 / 10)),
     "SQuAD-2.0": dict(metrics=["exact_match", "f1"], selects=["best_f1"], max_len=384,
@@ -101,7 +102,7 @@ data_dir: str = "data/glue"      # tasks are in data_dir/TASK/, but SQuAD's file
 regression: bool = False         # own data: labels are numbers
 predict: str = ""                # a .tsv or .jsonl for which a fine-tuned init_from gives the labels
 init_from: str = "out/ckpt.pt"   # a checkpoint of train.py; scratch: an untrained model, to compare with
-tokenizer_from: str = "data/docs"  # of scratch: a checkpoint or a prepared corpus
+tokenizer_from: str = "data/docs"  # of scratch: a checkpoint, a release or a prepared corpus
 preset: Literal[tuple(PRESETS)]  # of scratch: its sizes; default: those of that checkpoint, else tiny
 out_dir: str = "out/finetune"    # results are in out_dir/TASK/
 overwrite: bool = False          # True: deletes the results of all seeds in out_dir/TASK/ first
@@ -114,7 +115,7 @@ batch_size: Count                      # examples in a step, over all processes
 learning_rate: Annotated[float, 0, 10]   # at the end of the warm-up; small models want more: tiny 5e-4
 warmup_fraction: Annotated[float, 0, 1]  # share of the steps with linear warm-up; then linear decay to 0
 max_len: Annotated[int, 8, 2**20]      # tokens; 512, SQuAD 384, or fewer if the model has fewer positions
-dropout: Annotated[float, 0, 0.9] = 0.1        # whatever it was in pretraining [model]
+dropout: Annotated[float, 0, 0.9] = 0.1        # not that of pretraining [model]
 weight_decay: Annotated[float, 0, 1] = 0.01    # of matrices, not of biases and norms [Hugging Face port]
 beta1: Annotated[float, 0, 0.9999999] = 0.9    # AdamW: decay of the mean of gradients [model]
 beta2: Annotated[float, 0, 0.9999999] = 0.98   # AdamW: decay of the mean of squared gradients [model]
