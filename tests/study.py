@@ -38,7 +38,7 @@ ASSETS = ROOT / "assets"
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
-from data import InputError, Parser, Tokenizer, run_command, tell  # noqa: E402
+from data import InputError, Parser, Tokenizer, read_meta, run_command, tell  # noqa: E402
 from model import PRESETS, Config, flops  # noqa: E402
 from train import load_checkpoint, write_file  # noqa: E402
 
@@ -214,18 +214,17 @@ def run(args):
     """Runs what has no results yet, one row a core."""
     Path(args.results_dir, args.preset).mkdir(parents=True, exist_ok=True)
     results, here = {file_name(result): result for result in read_results(args)}, processor()
-    began_on, jobs = {result["seed"]: result["processor"] for result in results.values()}, []
-    for row in plan(args):
-        name, options = file_name(row), train_options(row, args)
-        if name in results and results[name]["options"] != options:
-            raise InputError(f"{args.results_dir}/{args.preset}/{name}.json has other options than "
-                             f"{' '.join(options)}: choose another --results_dir.")
-        if name not in results and args.only in name:
-            jobs.append(row)
-    elsewhere = [row for row in jobs if began_on.get(row["seed"], here) != here]
-    jobs = [row for row in jobs if row not in elsewhere]
+    text = read_meta(Path(args.data_dir, args.dataset))["sha256"]
+    began_on, rows = {result["seed"]: result["processor"] for result in results.values()}, plan(args)
+    for row in rows:
+        options, result = train_options(row, args), results.get(file_name(row))
+        if result and (result["options"] != options or result.get("settings", {}).get("text", text) != text):
+            raise InputError(f"{args.results_dir}/{args.preset}/{file_name(row)}.json has another text or other "
+                             f"options than {' '.join(options)}: choose another --results_dir.")
+    missing = [row for row in rows if file_name(row) not in results and args.only in file_name(row)]
+    jobs = [row for row in missing if began_on.get(row["seed"], here) == here]
     tell(f"{here}: {len(results)} rows are finished, {len(jobs)} to run, "
-         f"{len(elsewhere)} left to the processor on which their seed began")
+         f"{len(missing) - len(jobs)} wait for the processor on which their seed began")
     torch.set_num_threads(1)
     work = [row["steps"] + args.steps // 4 for row in jobs]  # a quarter: fine-tuning and measures, about
     began = time.monotonic()

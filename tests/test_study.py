@@ -102,3 +102,8 @@ def test_a_row_is_run_once(tmp_path, monkeypatch):
     row["options"] = "--learning_rate=0.1"
     with pytest.raises(InputError, match="other options"):
         study.run(args)
+    row["options"], args.dataset = "--corruption=frozen", "other"
+    make_corpus(tmp_path, name="other", seed=2, val_fraction=0.3)
+    file.write_text(json.dumps(result | {"options": study.train_options(row, args)}))
+    with pytest.raises(InputError, match="another text"):
+        study.run(args)
