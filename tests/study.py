@@ -219,8 +219,8 @@ def run(args):
     for row in rows:
         options, result = train_options(row, args), results.get(file_name(row))
         if result and (result["options"] != options or result.get("settings", {}).get("text", text) != text):
-            raise InputError(f"{args.results_dir}/{args.preset}/{file_name(row)}.json has another text or other "
-                             f"options than {' '.join(options)}: choose another --results_dir.")
+            raise InputError(f"{args.results_dir}: {file_name(row)}.json is not of this text and "
+                             f"{' '.join(options)}: choose another --results_dir.")
     missing = [row for row in rows if file_name(row) not in results and args.only in file_name(row)]
     jobs = [row for row in missing if began_on.get(row["seed"], here) == here]
     tell(f"{here}: {len(results)} rows are finished, {len(jobs)} to run, "

@@ -100,10 +100,10 @@ def test_a_row_is_run_once(tmp_path, monkeypatch):
     study.run(args)  # a seed stays on one kind of processor
     assert list(file.parent.iterdir()) == [file]
     row["options"] = "--learning_rate=0.1"
-    with pytest.raises(InputError, match="other options"):
+    with pytest.raises(InputError, match="is not of this text and"):
         study.run(args)
     row["options"], args.dataset = "--corruption=frozen", "other"
     make_corpus(tmp_path, name="other", seed=2, val_fraction=0.3)
     file.write_text(json.dumps(result | {"options": study.train_options(row, args)}))
-    with pytest.raises(InputError, match="another text"):
+    with pytest.raises(InputError, match="is not of this text"):
         study.run(args)
