@@ -359,7 +359,7 @@ def paired(results):
     """(part, two rows, score; of their differences the mean, sd, seeds, and the 95 % interval of the mean)"""
     scores = {}  # part, row, score -> {seed: value}
     for r in results:
-        for score, value in r["scores"].items() if r["part"] != "efficiency" else ():
+        for score, value in r["scores"].items():
             scores.setdefault((r["part"], r["name"], score), {})[r["seed"]] = float(np.mean(value))
     for part, one, other in CONTRASTS:
         for score in [key[2] for key in scores if key[:2] == (part, one)]:
@@ -388,12 +388,12 @@ def needed(results):
     """
     for seed, curve in against_compute(results, "COCO-LM").items():
         if len(curve) > 1 and (rtd := against_compute(results, "RTD").get(seed)):
-            flops, score = rtd[-1]
-            shares = [x / flops * (x1 / x) ** ((score - y) / (y1 - y))
+            rtd_flops, score = rtd[-1]
+            shares = [x / rtd_flops * (x1 / x) ** ((score - y) / (y1 - y))
                       for (x, y), (x1, y1) in zip(curve, curve[1:]) if y <= score <= y1 and y < y1]
-            above = curve[0][1] > score
-            edge = f"< {curve[0][0] / flops:.3f}" if above else f"> {curve[-1][0] / flops:.3f}"
-            yield seed, shares[0] if shares else edge
+            (least, first), (most, _) = curve[0], curve[-1]
+            bound = f"< {least / rtd_flops:.3f}" if first > score else f"> {most / rtd_flops:.3f}"
+            yield seed, shares[0] if shares else bound
 
 
 def write_csv(name, header, rows):
@@ -448,7 +448,7 @@ def draw_figures(results, values):
            ("LM head: accuracy at replaced tokens", curves("lm_accuracy_replaced", *copying)))
     figure("space", "cosine of the [CLS] vectors of two sentences of STS-B", *(
         (f"{row}: share of the pairs", [
-            (pairs, row, style, line(values, "space", row, f"[CLS], {pairs}")[:, 35:])  # from a cosine of 0.4
+            (pairs, row, style, line(values, "space", row, f"[CLS], {pairs}")[:, 35:])  # cosines from 0.4
             for pairs, style in (("random", ":"), ("similar", "-"))])
         for row in ("COCO-LM", "CLM", "RTD")))
     figure("uniformity", "steps",
@@ -468,8 +468,9 @@ def draw_figures(results, values):
 def draw(args):
     """Writes the CSVs, and the figures if matplotlib is there. Rows that diverged are said and left out."""
     results = read_results(args)
-    for result in (result for result in results if result["failed"]):
-        tell(f"{file_name(result)}: a loss was not finite")
+    for result in results:
+        if result["failed"]:
+            tell(f"{file_name(result)}: a loss was not finite")
     if not (results := [result for result in results if not result["failed"]]):
         raise InputError(f"{args.results_dir}/{args.preset} has no results: first python tests/study.py run")
     values = table(results)
@@ -486,12 +487,12 @@ def draw(args):
 
 
 def main(argv):
-    if argv[:1] not in (["run"], ["draw"]):
-        raise InputError("give a command: python tests/study.py run, or python tests/study.py draw")
-    args = Parser(__doc__, sys.modules[__name__]).parse_args(argv[1:])
+    parser = Parser(__doc__, sys.modules[__name__])
+    parser.add_argument("command", choices=("run", "draw"))
+    args = parser.parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # ends this process at once, and with it those of the rows
-    (run if argv[0] == "run" else draw)(args)
+    (run if args.command == "run" else draw)(args)
 
 
 if __name__ == "__main__":
