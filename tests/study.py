@@ -355,19 +355,16 @@ def statistics(by_seed):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, len(values)
 
 
-def paired(results):
-    """(part, two rows, score; of their differences the mean, sd, seeds, and the 95 % interval of the mean)"""
-    scores = {}  # part, row, score -> {seed: value}
-    for r in results:
-        for score, value in r["scores"].items():
-            scores.setdefault((r["part"], r["name"], score), {})[r["seed"]] = float(np.mean(value))
+def paired(values):
+    """(part, two rows, measure; of their differences the mean, sd, seeds, and the 95 % interval of the mean)"""
+    scores = {key[1:4]: by_seed for key, by_seed in values.items() if key[0] == "scores"}
     for part, one, other in CONTRASTS:
-        for score in [key[2] for key in scores if key[:2] == (part, one)]:
-            a, b = scores[part, one, score], scores.get((part, other, score), {})
+        for measure in [key[2] for key in scores if key[:2] == (part, one)]:
+            a, b = scores[part, one, measure], scores.get((part, other, measure), {})
             if both := a.keys() & b.keys():
                 mean, sd, n = statistics({seed: a[seed] - b[seed] for seed in both})
                 half = T95[n] * sd / math.sqrt(n) if n > 1 else math.inf
-                yield part, f"{one} - {other}", score, mean, sd, n, mean - half, mean + half
+                yield part, f"{one} - {other}", measure, mean, sd, n, mean - half, mean + half
 
 
 def against_compute(results, name):
@@ -478,7 +475,7 @@ def draw(args):
     for name, x in (("scores", "steps"), ("curves", "step"), ("space", "cosine")):
         write_csv(name, f"part row measure {x} mean sd seeds", [
             (*key[1:], *statistics(by_seed)) for key, by_seed in values.items() if key[0] == name])
-    write_csv("paired", "part difference score mean sd seeds low high", paired(results))
+    write_csv("paired", "part difference measure mean sd seeds low high", paired(values))
     write_csv("needed", "seed share", needed(results))
     try:
         draw_figures(results, values)

@@ -36,7 +36,7 @@ def test_train_takes_the_options_of_all_rows():
 def test_paired_differences_are_of_the_same_seed():
     records = [record("COCO-LM", s, 10, x) for s, x in ((1, 5.0), (2, 7.0), (3, 9.0))]
     records += [record("RTD", s, 10, x) for s, x in ((3, 5.0), (1, 4.0), (2, 4.0), (4, 50.0))]
-    found = {row[:3]: row[3:] for row in study.paired(records)}
+    found = {row[:3]: row[3:] for row in study.paired(study.table(records))}
     mean, sd, n, low, high = found["main", "COCO-LM - RTD", "STS-B"]
     assert (mean, n) == (pytest.approx(8 / 3), 3)  # 1, 3, 4
     assert sd == pytest.approx(math.sqrt((25 + 1 + 16) / 9 / 2))
