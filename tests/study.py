@@ -314,7 +314,8 @@ CONTRASTS = [("main", *rows) for rows in (
     ("CLM", "all-token MLM"), ("COCO-LM", "RTD + SCL"), ("COCO-LM", "untrained"))]
 CONTRASTS += [("ablations", name, "COCO-LM") for name in ABLATIONS if name != "COCO-LM"]
 COLOURS = {"COCO-LM": "#3d85c6", "CLM": "#3f9b5b", "RTD": "#d9822b", "MLM": "#9b6bbf", "RTD + SCL": "#b8860b",
-           "all-token MLM": "#cc4b4b", "relative_init local": "#3d85c6", "relative_init normal": "#d9822b"}
+           "all-token MLM": "#cc4b4b", "untrained": "#808080", "relative_init local": "#3d85c6",
+           "relative_init normal": "#d9822b"}
 STYLE = {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 11,
          "axes.titlesize": 11, "axes.titlelocation": "left", "axes.ymargin": 0.12} | dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
@@ -356,7 +357,7 @@ def statistics(by_seed):
 
 
 def paired(values):
-    """(part, two rows, measure; of their differences the mean, sd, seeds, and the 95 % interval of the mean)"""
+    """(part, rows, measure; of their differences the mean, sd, seeds, and the 95 % interval of the mean)"""
     scores = {key[1:4]: by_seed for key, by_seed in values.items() if key[0] == "scores"}
     for part, one, other in CONTRASTS:
         for measure in [key[2] for key in scores if key[:2] == (part, one)]:
@@ -367,29 +368,28 @@ def paired(values):
                 yield part, f"{one} - {other}", measure, mean, sd, n, mean - half, mean + half
 
 
-def against_compute(results, name):
-    """seed -> [(PFLOP, score)] of its runs, the shortest first"""
-    curves = {}
-    for r in results:
-        if r["name"] == name and r["part"] in ("main", "efficiency"):
-            score = float(np.mean(r["scores"][COMPUTE_SCORE]))
-            curves.setdefault(r["seed"], []).append((r["flops"] / 1e15, score))
-    return {seed: sorted(curve) for seed, curve in curves.items()}
+def against_compute(values, name):
+    """PFLOP -> {seed: score} of its runs, the shortest first"""
+    return {statistics(values["scores", part, name, "petaflop", steps])[0]: by_seed
+            for (table, part, row, measure, steps), by_seed in values.items()
+            if (table, row, measure) == ("scores", name, COMPUTE_SCORE) and part in ("efficiency", "main")}
 
 
-def needed(results):
+def needed(values):
     """(seed, share of RTD's FLOPs with which COCO-LM has the score of RTD's longest run)
 
     Straight lines over the logarithm of FLOPs join COCO-LM's scores. "< 0.4": its shortest run, with 0.4 of
     the FLOPs, has a higher score; "> 1.6": its longest one has a lower score.
     """
-    for seed, curve in against_compute(results, "COCO-LM").items():
-        if len(curve) > 1 and (rtd := against_compute(results, "RTD").get(seed)):
-            rtd_flops, score = rtd[-1]
-            shares = [x / rtd_flops * (x1 / x) ** ((score - y) / (y1 - y))
-                      for (x, y), (x1, y1) in zip(curve, curve[1:]) if y <= score <= y1 and y < y1]
+    runs, rtd = against_compute(values, "COCO-LM"), against_compute(values, "RTD")
+    rtd_flops = max(rtd, default=0)
+    for seed, goal in rtd.get(rtd_flops, {}).items():
+        curve = [(flops, scores[seed]) for flops, scores in runs.items() if seed in scores]
+        if len(curve) > 1:
+            shares = [x / rtd_flops * (x1 / x) ** ((goal - y) / (y1 - y))
+                      for (x, y), (x1, y1) in zip(curve, curve[1:]) if y <= goal <= y1 and y < y1]
             (least, first), (most, _) = curve[0], curve[-1]
-            bound = f"< {least / rtd_flops:.3f}" if first > score else f"> {most / rtd_flops:.3f}"
+            bound = f"< {least / rtd_flops:.3f}" if first > goal else f"> {most / rtd_flops:.3f}"
             yield seed, shares[0] if shares else bound
 
 
@@ -400,11 +400,9 @@ def write_csv(name, header, rows):
         writer.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row] for row in rows)
 
 
-def line(values, name, row, measure):
-    """x, mean and standard deviation: three arrays"""
-    rows = [(x, *statistics(by_seed)[:2]) for (*key, x), by_seed in values.items()
-            if (key[0], *key[2:]) == (name, row, measure)]
-    return np.array(rows, float).reshape(-1, 3).T
+def line(by_x):
+    """{x: {seed: value}} -> x, mean and standard deviation: three arrays"""
+    return np.array([(x, *statistics(by_seed)[:2]) for x, by_seed in by_x.items()], float).reshape(-1, 3).T
 
 
 def figure(name, xlabel, *panels):
@@ -433,9 +431,13 @@ def figure(name, xlabel, *panels):
     plt.close()
 
 
-def draw_figures(results, values):
+def draw_figures(values):
+    def measured(name, row, measure):
+        return line({key[4]: by_seed for key, by_seed in values.items()
+                     if (key[0], *key[2:4]) == (name, row, measure)})
+
     def curves(measure, *rows):
-        return [(row, row, "-", line(values, "curves", row, measure)) for row in rows]
+        return [(row, row, "-", measured("curves", row, measure)) for row in rows]
 
     copying = ("CLM", "all-token MLM")
     figure("copy", "steps",
@@ -445,7 +447,7 @@ def draw_figures(results, values):
            ("LM head: accuracy at replaced tokens", curves("lm_accuracy_replaced", *copying)))
     figure("space", "cosine of the [CLS] vectors of two sentences of STS-B", *(
         (f"{row}: share of the pairs", [
-            (pairs, row, style, line(values, "space", row, f"[CLS], {pairs}")[:, 35:])  # cosines from 0.4
+            (pairs, row, style, measured("space", row, f"[CLS], {pairs}")[:, 35:])  # cosines from 0.4
             for pairs, style in (("random", ":"), ("similar", "-"))])
         for row in ("COCO-LM", "CLM", "RTD")))
     figure("uniformity", "steps",
@@ -455,11 +457,12 @@ def draw_figures(results, values):
            ("mean cosine of the hidden states of two texts", curves("mean_cosine", *MAIN)))
     figure("small", "steps", *((measure, curves(measure, "relative_init local", "relative_init normal"))
                                for measure in ("mlm_loss", "copy_auc", "mean_cosine")))
-    runs = {row: against_compute(results, row) for row in ("RTD", "COCO-LM")}
-    figure("efficiency", "compute of pretraining, PFLOP", (
-        f"{COMPUTE_SCORE}, fine-tuned, Pearson; a line for each seed", [
-            (row if seed == min(curves) else "", row, "o-", np.array([(*point, 0) for point in curve]).T)
-            for row, curves in runs.items() for seed, curve in curves.items()]))
+    runs = {row: against_compute(values, row) for row in ("COCO-LM", "RTD")}
+    untrained = values.get(("scores", "main", "untrained", COMPUTE_SCORE, 1))
+    level = dict.fromkeys(sorted([*runs["COCO-LM"], *runs["RTD"]]), untrained) if untrained else {}
+    figure("efficiency", "compute of pretraining, PFLOP", (f"{COMPUTE_SCORE}, fine-tuned, Pearson", [
+        *((row, row, "o-", line(by_compute)) for row, by_compute in runs.items()),
+        ("untrained", "untrained", ":", line(level))]))
 
 
 def draw(args):
@@ -476,9 +479,9 @@ def draw(args):
         write_csv(name, f"part row measure {x} mean sd seeds", [
             (*key[1:], *statistics(by_seed)) for key, by_seed in values.items() if key[0] == name])
     write_csv("paired", "part difference measure mean sd seeds low high", paired(values))
-    write_csv("needed", "seed share", needed(results))
+    write_csv("needed", "seed share", needed(values))
     try:
-        draw_figures(results, values)
+        draw_figures(values)
     except ImportError:
         tell("The CSVs are written. The figures need a package: pip install matplotlib")
 

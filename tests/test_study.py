@@ -51,7 +51,7 @@ def test_needed_compute():
         records += [record("RTD", seed, 50, 9.0, 400, "efficiency"), record("RTD", seed, 100, goal, 800)]
     records += [record("RTD", 5, 100, 2.0, 800), record("COCO-LM", 5, 100, 4.0, 1600)]  # one run: no line
     expected = [pytest.approx(200 / 800), pytest.approx(800 / 800), "> 2.000", "< 0.125"]
-    assert list(study.needed(records)) == list(enumerate(expected, 1))
+    assert list(study.needed(study.table(records))) == list(enumerate(expected, 1))
 
 
 def test_draw_gives_the_same_csvs(tmp_path, monkeypatch):
