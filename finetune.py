@@ -46,8 +46,8 @@ import torch.nn.functional as F
 
 from data import InputError, Parser, Progress, Tokenizer, checksum, read_lines, run_command
 from model import COCOLM, PRESETS, Config
-from train import (LOCAL_RANK, RANK, WORLD, Count, CountOrZero, choose_hardware, connect, keep_memory,
-                   learning_rate_at, load_checkpoint, lock, make_optimizer, read_checkpoint, say,
+from train import (LOCAL_RANK, RANK, WORLD, Count, CountOrZero, choose_hardware, connect, gather_objects,
+                   keep_memory, learning_rate_at, load_checkpoint, lock, make_optimizer, read_checkpoint, say,
                    seed_dropout, sum_over_processes, to_device, weights_file, write_file)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -303,8 +303,7 @@ class GlueSet:
         self.task, self.labels, self.name, self.split = task, task["labels"], set_name, split
         self.low, self.high = task.get("low"), task.get("high")  # of scores
         self.index, texts, labels = zip(*read_glue(path, task, split))
-        self.examples = [{"tokens": tokenizer.batch(row[:1], row[1:] or None, max_len)[0].numpy()}
-                         for row in texts]
+        self.examples = [{"tokens": np.array(tokenizer.encode_pair(*row, max_len=max_len))} for row in texts]
         if split in ("train", "dev"):
             number = self.labels.index if self.labels else float
             self.gold = targets = np.array([number(label) for label in labels])
@@ -680,14 +679,6 @@ def load_finetuned(path, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------------------
 # One run
-
-
-def gather_objects(value):
-    """What each process has, in a list that all of them get."""
-    everywhere = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(everywhere, value)
-    return everywhere
 
 
 @torch.no_grad()

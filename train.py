@@ -199,6 +199,14 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def gather_objects(value):
+    """What each process has, in a list that all of them get."""
+    everywhere = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everywhere, value)
+    return everywhere
+
+
 def gather(vectors):
     """The sequence vectors (..., B, D) of all processes, (..., N, D), with the gradient of this process' own.
 
@@ -564,13 +572,11 @@ def main(argv):
     start = checkpoint["step"] if checkpoint else 0
     tokenizer, config, train, val = open_text(args)
     settings = vars(args) | {"text": data.read_meta(train.path.parent)["sha256"]}
-    if WORLD > 1:
-        everywhere = [None] * WORLD
-        dist.all_gather_object(everywhere, {"step": start, **settings["text"]})
-        for rank, theirs in enumerate(everywhere):
-            if theirs != everywhere[0]:
-                raise InputError(f"all processes need the same checkpoint and text, but process 0 has "
-                                 f"{everywhere[0]} and process {rank} {theirs}.")
+    everywhere = gather_objects({"step": start, **settings["text"]})
+    for rank, theirs in enumerate(everywhere):
+        if theirs != everywhere[0]:
+            raise InputError(f"all processes need the same checkpoint and text, but process 0 has "
+                             f"{everywhere[0]} and process {rank} {theirs}.")
 
     # the model
     torch.manual_seed(args.seed)
