@@ -78,6 +78,7 @@ def cut_back(finished, out):
 def handlers():
     """A run changes how its process receives signals; this changes it back."""
     before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in STOPS)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup pytest would ignore it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
