@@ -95,6 +95,9 @@ def plan(args):
         rows += [("main", *row, seed, args.steps) for row in (MAIN | (SEED_1 if seed == 1 else {})).items()]
     rows += [("efficiency", name, MAIN[name], seed, args.steps // part)
              for seed in all_seeds for part in (2, 4) for name in ("COCO-LM", "RTD")]
+    # 1.6 times the steps of RTD cost what COCO-LM's do
+    rows += [("plateau", name, MAIN[name], seed, args.steps * tenths // 10)
+             for name, tenths in (("RTD", 16), ("COCO-LM", 20), ("RTD", 32)) for seed in all_seeds]
     rows += [("small", f"relative_init {init}", f"--relative_init={init}", seed, args.steps // 3)
              for seed in all_seeds[:2] for init in ("normal", "local")]
     rows += [("ablations", *row, ABLATION_SEED, args.steps // 2) for row in ABLATIONS.items()]
@@ -190,7 +193,7 @@ def run_row(row, args):
         result |= pretrain(row, folder, args)
         if result["failed"]:
             tasks = {}
-        elif row["part"] in ("main", "ablations"):
+        elif row["part"] in ("main", "plateau", "ablations"):
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model, tokenizer = load_checkpoint(folder / "ckpt.pt", device)
             vectors = {"[CLS]": lambda texts: cls_vectors(model, tokenizer, texts, device),
