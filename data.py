@@ -22,6 +22,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -35,7 +36,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import get_args, get_type_hints
 
 import numpy as np
 import regex
@@ -51,27 +52,36 @@ ENCODE = 100_000      # characters that tiktoken gets at once: a million spaces 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
 # ------------------------------------------------------------------------------------------------------------
-# Options, errors and output of all three commands
+# Options, errors and output of all commands
+
+# A number is finite and not negative. These options have a tighter range, both ends included.
+LIMITS = {
+    **dict.fromkeys(("batch_size", "micro_batch_size", "max_steps", "log_interval", "eval_interval", "steps",
+                     "eval_batches", "checkpoint_interval", "epochs", "seeds", "workers"), (1, math.inf)),
+    "vocab_size": (260, 2**20), "max_len": (8, 2**20), "val_fraction": (0, 0.5), "warmup_fraction": (0, 1),
+    "dropout": (0, 0.9), "beta1": (0, 0.9999999), "beta2": (0, 0.9999999), "epsilon": (1e-30, 1),
+}
 
 
 class InputError(Exception):
     """Something the user gave cannot be used. One sentence: what, where, and what to do. Exit status 2."""
 
 
-def read_option(hint, may_be_empty, text):
-    """The value of an option whose type is str, bool, Literal["bpe", "gpt2"] or Annotated[float, 0, 1]."""
-    if hint is str:
+def read_option(name, kind, may_be_empty, text):
+    """The value of the option `name`, whose type is str, int, float, bool or Literal["bpe", "gpt2"]."""
+    if kind is str:
         if text or may_be_empty:
             return os.path.expanduser(text)  # ~ is the home folder
         wanted = "a text"
-    elif get_origin(hint) is Annotated:
-        kind, low, high = get_args(hint)
-        wanted = f"a {'whole ' if kind is int else ''}number from {low} to {high}"
+    elif kind in (int, float):
+        low, high = LIMITS.get(name, (0, math.inf))
+        wanted = f"a {'whole ' if kind is int else ''}number "
+        wanted += f"from {low} to {high}" if high < math.inf else f"of at least {low}"
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
+            if "_" not in text and low <= kind(text) <= high and math.isfinite(kind(text)):
                 return kind(text)
     else:
-        choices = [True, False] if hint is bool else get_args(hint)
+        choices = [True, False] if kind is bool else get_args(kind)
         wanted = f"one of {', '.join(map(str, choices))}"
         for choice in choices:
             if str(choice).lower() == text.lower():
@@ -88,12 +98,12 @@ class Parser(argparse.ArgumentParser):
         for owner in owners:
             reasons = dict(re.findall(r"^ *(\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
             values = getattr(owner, "__kwdefaults__", None) or vars(owner)
-            for name, hint in get_type_hints(owner, include_extras=True).items():
+            for name, kind in get_type_hints(owner).items():
                 if name not in without:  # argparse reads a default that is text as it reads the command line
                     default = None if values.get(name) is None else str(values[name])
                     reason = reasons.get(name, "").replace("%", "%%")
                     reason += " (default: %(default)s)" if default or name not in values else ""
-                    read = functools.partial(read_option, hint, default == "")
+                    read = functools.partial(read_option, name, kind, default == "")
                     self.add_argument(f"--{name}", type=read, default=default, metavar="VALUE", help=reason)
 
     def error(self, message):
@@ -469,7 +479,7 @@ class Tokenizer:
         """The tokenizer with this state. path: where it comes from, for the message if it is damaged."""
         try:
             if "dictionary" in state:
-                return ReleasedTokenizer(**state, path=path)
+                return SentencePieceTokenizer(**state, path=path)
             lines = [line.split() for line in state["ranks"].splitlines()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
             if len(set(ranks.values())) < len(lines) or any(bytes([b]) not in ranks for b in range(256)):
@@ -493,13 +503,13 @@ class Tokenizer:
             path = path.parent  # a released model's file
         released = (path / "dict.txt").exists()
         if released and not (path / "meta.json").exists():
-            return ReleasedTokenizer.read(path)
+            return SentencePieceTokenizer.read(path)
         meta = read_meta(path)
-        for file in (ReleasedTokenizer if released else Tokenizer).files:
+        for file in (SentencePieceTokenizer if released else Tokenizer).files:
             if checksum(path / file) != meta["sha256"].get(Path(file).stem):
                 raise InputError(f"{path / file} is not as meta.json says; prepare the corpus again.")
         ranks = path / "tokenizer.tiktoken"
-        tokenizer = (ReleasedTokenizer.read(path) if released else
+        tokenizer = (SentencePieceTokenizer.read(path) if released else
                      Tokenizer.from_state({"ranks": ranks.read_text(), **meta}, path))
         if tokenizer.special_ids != meta["special_ids"] or tokenizer.vocab_size != meta["vocab_size"]:
             raise InputError(f"{path}/meta.json is not about its tokenizer; prepare the corpus again.")
@@ -535,7 +545,7 @@ def clean(text):
     return "".join(c for c, _, _ in kept), [start for _, start, _ in kept], [end for _, _, end in kept]
 
 
-class ReleasedTokenizer(Tokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """sp.model cuts a text into pieces, dict.txt gives them ids. Needs the package sentencepiece. [model]"""
 
     files = {"sp.model", "dict.txt"}
@@ -696,7 +706,7 @@ def last_change(folder):
     if not os.path.lexists(folder):
         return None
     names = set(os.listdir(folder)) if folder.is_dir() and not folder.is_symlink() else set()
-    if names not in (FILES | Tokenizer.files, FILES | ReleasedTokenizer.files):
+    if names not in (FILES | Tokenizer.files, FILES | SentencePieceTokenizer.files):
         raise InputError(f"{folder} exists and is not a corpus, or not only that; choose another --name.")
     read_meta(folder)
     return folder.stat().st_mtime_ns
@@ -704,16 +714,16 @@ def last_change(folder):
 
 def prepare(
     paths=(), *,
-    name: str = "",                                     # the corpus is data_dir/name; without PATH: docs
-    data_dir: str = "data",                             # folder of all prepared corpora
-    vocab_size: Annotated[int, 260, 2**20] = None,      # entries of the vocabulary: 32768; without PATH: 8192
-    lowercase: bool = None,                             # lowercase all text: True, as the paper's base
+    name: str = "",                  # the corpus is data_dir/name; without PATH: docs
+    data_dir: str = "data",          # folder of all prepared corpora
+    vocab_size: int = None,          # entries of the vocabulary: 32768; without PATH: 8192
+    lowercase: bool = None,          # lowercase all text: True, as the paper's base
     encoding: str = "bpe",  # bpe: train one; gpt2, ...; or path of a corpus, checkpoint or released model
-    val_fraction: Annotated[float, 0, 0.5] = None,      # share of val.bin: 0.01; without PATH: 0.05
-    workers: Annotated[int, 1, 4096] = os.cpu_count(),  # processes; the result does not depend on it
-    field: str = "text",                                # the field of a .jsonl line that holds the text
-    document_per_file: bool = False,                    # a .txt is one document; else a blank line ends one
-    overwrite: bool = False,                            # replace the corpus of that name if there is one
+    val_fraction: float = None,      # share of val.bin: 0.01; without PATH: 0.05
+    workers: int = os.cpu_count(),   # processes; the result does not depend on it
+    field: str = "text",             # the field of a .jsonl line that holds the text
+    document_per_file: bool = False, # a .txt is one document; else a blank line ends one
+    overwrite: bool = False,         # replace the corpus of that name if there is one
 ):
     """Prepares a corpus and returns its folder. Without paths its text is the documentation on this disk.
 

@@ -36,7 +36,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -46,8 +46,8 @@ import torch.nn.functional as F
 
 from data import InputError, Parser, Progress, Tokenizer, checksum, read_lines, run_command
 from model import COCOLM, PRESETS, Config
-from train import (LOCAL_RANK, RANK, WORLD, Count, CountOrZero, choose_hardware, connect, gather_objects,
-                   keep_memory, learning_rate_at, load_checkpoint, lock, make_optimizer, read_checkpoint, say,
+from train import (LOCAL_RANK, RANK, WORLD, choose_hardware, connect, gather_objects,
+                   keep_memory, learning_rate_at, load_checkpoint, lock, make_optimizer, print0, read_checkpoint,
                    seed_dropout, sum_over_processes, to_device, weights_file, write_file)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,32 +94,32 @@ PAPERS_EIGHT = ["MNLI", "QQP", "QNLI", "SST-2", "CoLA", "RTE", "MRPC", "STS-B"]
 OWN = dict(own=True, label="label", base=(16, 2e-5, 10, 1 / 16), large=(16, 1e-5, 10, 1 / 16))  # [ours]
 
 # ------------------------------------------------------------------------------------------------------------
-# Constants. The type says what a value may be, as in train.py.
+# Constants
 
 # the run
-task: str = "CoLA"               # a row of TASKS, or own data; GLUE: the paper's eight that data_dir holds
-data_dir: str = "data/glue"      # tasks are in data_dir/TASK/, but SQuAD's files in data_dir itself
-regression: bool = False         # own data: labels are numbers
-predict: str = ""                # a .tsv or .jsonl for which a fine-tuned init_from gives the labels
-init_from: str = "out/ckpt.pt"   # a checkpoint of train.py; scratch: an untrained model, to compare with
+task: str = "CoLA"                # a row of TASKS, or own data; GLUE: the paper's eight that data_dir holds
+data_dir: str = "data/glue"       # tasks are in data_dir/TASK/, but SQuAD's files in data_dir itself
+regression: bool = False          # own data: labels are numbers
+predict: str = ""                 # a .tsv or .jsonl for which a fine-tuned init_from gives the labels
+init_from: str = "out/ckpt.pt"    # a checkpoint of train.py; scratch: an untrained model, to compare with
 tokenizer_from: str = "data/docs"  # of scratch: a checkpoint, a release or a prepared corpus
-preset: Literal[tuple(PRESETS)]  # of scratch: its sizes; default: those of that checkpoint, else tiny
-out_dir: str = "out/finetune"    # results are in out_dir/TASK/
-overwrite: bool = False          # True: deletes the results of all seeds in out_dir/TASK/ first
-seeds: Annotated[int, 1, 10**6] = 1  # runs, with the seeds seed, seed + 1, ...
-seed: CountOrZero = 0            # the first one: of the head, the order of the examples and dropout
+preset: Literal[tuple(PRESETS)]   # of scratch: its sizes; default: those of that checkpoint, else tiny
+out_dir: str = "out/finetune"     # results are in out_dir/TASK/
+overwrite: bool = False           # True: deletes the results of all seeds in out_dir/TASK/ first
+seeds: int = 1                    # runs, with the seeds seed, seed + 1, ...
+seed: int = 0                     # the first one: of the head, the order of the examples and dropout
 
 # hyperparameters; those without a value are the task's, from TASKS
-epochs: Annotated[int, 1, 10**6]       # passes over the training examples
-batch_size: Count                      # examples in a step, over all processes
-learning_rate: Annotated[float, 0, 10]   # at the end of the warm-up; small models want more: tiny 5e-4
-warmup_fraction: Annotated[float, 0, 1]  # share of the steps with linear warm-up; then linear decay to 0
-max_len: Annotated[int, 8, 2**20]      # tokens; 512, SQuAD 384, or fewer if the model has fewer positions
-dropout: Annotated[float, 0, 0.9] = 0.1        # not that of pretraining [model]
-weight_decay: Annotated[float, 0, 1] = 0.01    # of matrices, not of biases and norms [Hugging Face port]
-beta1: Annotated[float, 0, 0.9999999] = 0.9    # AdamW: decay of the mean of gradients [model]
-beta2: Annotated[float, 0, 0.9999999] = 0.98   # AdamW: decay of the mean of squared gradients [model]
-epsilon: Annotated[float, 1e-30, 1] = 1e-6     # AdamW: added to the root of the mean of squares [model]
+epochs: int                       # passes over the training examples
+batch_size: int                   # examples in a step, over all processes
+learning_rate: float              # at the end of the warm-up; small models want more: tiny 5e-4
+warmup_fraction: float            # share of the steps with linear warm-up; then linear decay to 0
+max_len: int                      # tokens; 512, SQuAD 384, or fewer if the model has fewer positions
+dropout: float = 0.1              # not that of pretraining [model]
+weight_decay: float = 0.01        # of matrices, not of biases and norms [Hugging Face port]
+beta1: float = 0.9                # AdamW: decay of the mean of gradients [model]
+beta2: float = 0.98               # AdamW: decay of the mean of squared gradients [model]
+epsilon: float = 1e-6             # AdamW: added to the root of the mean of squares [model]
 
 # the machine
 device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, mps or cpu, the first that is here
@@ -286,7 +286,7 @@ def read_glue(path, task, split):
     if not rows:
         raise InputError(f"{path} has no rows: it is empty, or has a header alone.")
     if broken := len(lines) - (header is first) - len(rows):
-        say(f"{path}: {broken} broken rows were left out.")
+        print0(f"{path}: {broken} broken rows were left out.")
     return rows
 
 
@@ -424,7 +424,7 @@ class SquadSet:
             if split == "dev" or question["tokens"] or not question["golds"]:
                 self.add_windows(question, ids, visible, tokenizer, max_len)
         if left_out := len(questions) - len(self):
-            say(f"{path}: {left_out:,} questions were left out: no answer is where its offset says.")
+            print0(f"{path}: {left_out:,} questions were left out: no answer is where its offset says.")
         if not self.questions:
             raise InputError(f"{path} has no questions that can be used: fetch it again.")
 
@@ -585,7 +585,7 @@ def read_task(task, data_dir, tokenizer, max_len):
             sets[split].append(kind(path, task, set_name, split, tokenizer, max_len))
             digest.update(checksum(path).encode())
         elif "own" not in task:
-            say(f"{path} does not exist: no predictions for the leaderboard.")
+            print0(f"{path} does not exist: no predictions for the leaderboard.")
     return sets, digest.hexdigest()
 
 
@@ -648,7 +648,7 @@ class Model(nn.Module):
             assert allowed is not None, "SQuAD: call model(tokens, allowed), both as in SquadSet's examples"
             logits = self.out(self.encoder(tokens)).float()
             return logits.masked_fill(~allowed[..., None], -math.inf)
-        x = self.encoder(tokens, rows=torch.zeros_like(tokens[:, :1]))[:, 0]  # (B, D)
+        x = self.encoder(tokens, positions=torch.zeros_like(tokens[:, :1]))[:, 0]  # (B, D)
         x = torch.tanh(self.dense(F.dropout(x, self.dropout, self.training)))
         return self.out(F.dropout(x, self.dropout, self.training)).float()
 
@@ -759,7 +759,7 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
                 "model": {key: value.cpu().clone() for key, value in model.state_dict().items()}}
         if best is None or selecting(task, last["scores"]) > selecting(task, best["scores"]):
             best, best_predicted = last, predicted
-        say(line(f"seed {seed}", f"{step / per_epoch:.2f}", f"{step:,}/{args.max_steps:,}", f"{mean:.4f}",
+        print0(line(f"seed {seed}", f"{step / per_epoch:.2f}", f"{step:,}/{args.max_steps:,}", f"{mean:.4f}",
                  last["scores"], "best" * (best is last)))
         losses, since = [], time.monotonic()
     record = {"seed": seed, "metrics": best["scores"], "best_step": best["step"], "last": last["scores"],
@@ -874,11 +874,11 @@ def run_task(task, args, start, device, autocast):
     about = {"baseline": baseline, "examples": len(train), "step": start.step, "checksum": start.checksum,
              "init_from": args.init_from, "settings": settings}
     longest = sum(len(example["tokens"]) == args.max_len for example in train.examples)
-    say(f"\n{name} from {args.init_from}, step {start.step:,}")
+    print0(f"\n{name} from {args.init_from}, step {start.step:,}")
     if "labels" in task:
         labels = ", ".join(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
-        say(f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}")
-    say(f"  {len(train.examples):,} training sequences, {longest:,} of max_len={args.max_len} tokens\n"
+        print0(f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}")
+    print0(f"  {len(train.examples):,} training sequences, {longest:,} of max_len={args.max_len} tokens\n"
         f"  {', '.join(f'{key} {settings[key]:.4g}' for key in DECISIVE[:4])}\n"
         f"  {args.device}, {args.dtype}, processes {WORLD}\n"
         f"  baseline: always the most frequent answer of train (its mean score), scored on dev\n\n"
@@ -893,7 +893,7 @@ def run_task(task, args, start, device, autocast):
             raise InputError("all processes need the same data and checkpoint: their checksums differ.")
         for seed in range(args.seed, args.seed + args.seeds):
             if seed in runs:
-                say(line(f"seed {seed}", "", "finished before", "", runs[seed]["metrics"]))
+                print0(line(f"seed {seed}", "", "finished before", "", runs[seed]["metrics"]))
                 continue
             runs[seed], states, predicted = fine_tune(task, args, start, sets, seed, device, autocast)
             if RANK == 0:
@@ -908,13 +908,13 @@ def run_task(task, args, start, device, autocast):
                 write_file(place / "result.json", record + "\n")
                 results = write_summary(folder, task, runs, about)
             if selecting(task, runs[seed]["metrics"]) <= selecting(task, baseline) + 1e-9:
-                say(f"warning: {name}, seed {seed} is not better than the baseline: it learned nothing that\n"
+                print0(f"warning: {name}, seed {seed} is not better than the baseline: it learned nothing that\n"
                     f"  shows. Try a larger --learning_rate or more --epochs; small models want both.")
         if RANK == 0:
             results = results or write_summary(folder, task, runs, about)  # a kill may have come before it
             for key in ("metrics", "minimum", "maximum") if len(runs) > 1 else ():
-                say(line(key.replace("metrics", "median"), "", f"{len(runs)} seeds", "", results[key]))
-            say(f"  {folder} has the results; the best state was chosen by its score on dev")
+                print0(line(key.replace("metrics", "median"), "", f"{len(runs)} seeds", "", results[key]))
+            print0(f"  {folder} has the results; the best state was chosen by its score on dev")
     return results
 
 
@@ -934,7 +934,7 @@ def fine_tune_all(args, device, autocast):
     start, names = open_start(args), [args.task]
     if args.task == "GLUE":
         names = [name for name in PAPERS_EIGHT if Path(args.data_dir, name).exists()] or PAPERS_EIGHT
-        say(f"{len(names)} of the paper's eight tasks: {', '.join(names)}")
+        print0(f"{len(names)} of the paper's eight tasks: {', '.join(names)}")
     tasks = [find_task(name, args) for name in names]
     for task in tasks:  # a missing file is known now, not after hours of other tasks
         files_of(task, args.data_dir)
@@ -944,10 +944,10 @@ def fine_tune_all(args, device, autocast):
         if args.task == "GLUE":
             last = average(results)
             for name, value in last["metrics"].items():
-                say(f"  {name:8} {value:.4f} (baseline {last['baseline'][name]:.4f})")
+                print0(f"  {name:8} {value:.4f} (baseline {last['baseline'][name]:.4f})")
             Path(args.out_dir, "GLUE").mkdir(exist_ok=True)
             write_file(Path(args.out_dir, "GLUE", "results.json"), json.dumps(last, indent=1) + "\n")
-        say(json.dumps(last))
+        print0(json.dumps(last))
 
 
 def predict_file(args, device, autocast):
@@ -965,7 +965,7 @@ def predict_file(args, device, autocast):
                          for _, fields in read_fields(path))
         added = zip(*columns.values())
         write_file(out, table([*header, *columns], ([*a, *b] for a, b in zip(rows, added, strict=True))))
-        say(f"{out} has the predictions of {args.init_from} ({task['name']}) for {len(rows):,} rows.")
+        print0(f"{out} has the predictions of {args.init_from} ({task['name']}) for {len(rows):,} rows.")
 
 
 def main(argv):

@@ -26,7 +26,7 @@ N sequences of all processes together.
 import math
 import re
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -36,60 +36,49 @@ from torch.utils.checkpoint import checkpoint
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
 
-BASE = dict(max_len=512, layers=12, width=768, heads=12, ffn_width=3072, auxiliary_layers=4, dropout=0.1,
-            relative_bins=32, max_distance=128, relative_init="normal")  # [paper, model]
-PRESETS = {  # sizes
-    # [ours] learns something in minutes on two CPU cores, thanks to relative_init="local"
-    "tiny": dict(max_len=128, layers=2, width=128, heads=4, ffn_width=512, auxiliary_layers=1, dropout=0.0,
-                 relative_bins=32, max_distance=128, relative_init="local"),
-    "small": BASE | dict(width=256, heads=4, ffn_width=1024, auxiliary_layers=2),  # [model]
-    "base": BASE,
-    "base++": BASE | dict(relative_bins=64),  # [model]
-    "large++": BASE | dict(layers=24, width=1024, heads=16, ffn_width=4096, auxiliary_layers=6,
-                           relative_bins=128, max_distance=256),  # [paper, model]
-}
-
 
 @dataclass
 class Config:
     """All that decides what the model is and what it learns; stored in every checkpoint.
 
-    The types say what a value may be: Annotated[float, 0, 1] is a number from 0 to 1. Anything else, and a
-    setting that has no effect beside another one, raises ValueError.
+    Without a preset, the sizes are those of base. A value that a type or RANGES does not allow, and a setting
+    that has no effect beside another one, raises ValueError.
     """
 
-    vocab_size: Annotated[int, 8, 2**31 - 1]
+    vocab_size: int
     pad_id: int = None   # default: the fourth token from the end, as in data.py's tokenizers
     mask_id: int = None  # default: the last token
 
-    # Sizes: edit PRESETS. Without a preset they are those of base
-    max_len: Annotated[int, 8, 2**20] = BASE["max_len"]      # tokens in a sequence, [CLS] included
-    layers: Annotated[int, 1, 1000] = BASE["layers"]         # of the main Transformer
-    width: Annotated[int, 1, 2**20] = BASE["width"]          # of the hidden states
-    heads: Annotated[int, 1, 2**16] = BASE["heads"]          # of the attention
-    ffn_width: Annotated[int, 1, 2**22] = BASE["ffn_width"]  # inner width of the feed-forward layers
-    auxiliary_layers: Annotated[int, 1, 1000] = BASE["auxiliary_layers"]  # of the auxiliary Transformer
-    dropout: Annotated[float, 0, 0.9] = BASE["dropout"]      # on embeddings, attention and sub-layer outputs
-    relative_bins: Annotated[int, 8, 4096] = BASE["relative_bins"]  # entries of the relative-position table
-    max_distance: Annotated[int, 4, 2**20] = BASE["max_distance"]   # tokens; all beyond share the last bin
-    relative_init: Literal["normal", "local"] = BASE["relative_init"]  # start of the relative table
+    # Sizes [paper, model]; a preset changes some of them
+    max_len: int = 512         # tokens in a sequence, [CLS] included
+    layers: int = 12           # of the main Transformer
+    width: int = 768           # of the hidden states
+    heads: int = 12            # of the attention
+    ffn_width: int = 3072      # inner width of the feed-forward layers
+    auxiliary_layers: int = 4  # of the auxiliary Transformer
+    dropout: float = 0.1       # on embeddings, attention and sub-layer outputs
+    relative_bins: int = 32    # entries of the relative-position table
+    max_distance: int = 128    # tokens; all distances beyond share the last bin
+    relative_init: Literal["normal", "local"] = "normal"  # start of the relative-position table
 
-    # The objective: most ablations are one edit here
+    # The objective
+    mask_fraction: float = 0.15   # masked share of the tokens after [CLS] [paper]
+    crop: float = 0.9             # length of the crop, share of the tokens after [CLS] [paper]
+    temperature: float = 1.0      # of the contrastive softmax [paper, loss]
+    lambda_copy: float = 50.0     # weight of the copy loss [paper, model]
+    lambda_scl: float = 1.0       # weight of the contrastive loss [paper, model]
+
+    # Ablations
     token_task: Literal["clm", "rtd", "all_token_mlm", "mlm"] = "clm"  # rtd: detect only; mlm: BERT's task
     lm_loss: Literal["mixture", "weighted"] = "mixture"  # mixture [paper] | weighted [loss]
-    copy_mechanism: bool = True  # False: plain cross-entropy at the masked positions, beside the copy loss
-    stop_gradient: bool = True   # False: the LM loss trains the copy head, too
-    lambda_copy: Annotated[float, 0, 1e6] = 50.0  # weight of the copy loss [paper, model]
-    mask_fraction: Annotated[float, 0.01, 0.4] = 0.15  # masked share of the tokens after [CLS] [paper]
+    copy_mechanism: bool = True    # False: plain cross-entropy at the masked positions, beside the copy loss
+    stop_gradient: bool = True     # False: the LM loss trains the copy head, too
+    contrastive: bool = True       # False: no sequence contrastive learning
+    gather_negatives: bool = True  # False: contrast only with the sequences of the same process
     relative_positions: bool = True  # False: absolute positions only
     corruption: Literal["auxiliary", "random", "frozen"] = "auxiliary"  # frozen: the auxiliary does not learn
-    auxiliary_width: Annotated[int, 0, 2**20] = 0  # 0: as wide as the main Transformer
-    auxiliary_dropout: Annotated[float, 0, 0.9] = 0.0  # above 0: samples from a second pass, without dropout
-    contrastive: bool = True  # False: no sequence contrastive learning
-    lambda_scl: Annotated[float, 0, 1e6] = 1.0  # weight of the contrastive loss [paper, model]
-    crop: Annotated[float, 0.01, 1] = 0.9  # length of the crop, share of the tokens after [CLS] [paper]
-    temperature: Annotated[float, 1e-3, 1e3] = 1.0  # of the contrastive softmax [paper, loss]
-    gather_negatives: bool = True  # False: contrast only with the sequences of the same process
+    auxiliary_width: int = 0       # 0: as wide as the main Transformer
+    auxiliary_dropout: float = 0.0  # above 0: samples from a second pass, without dropout
 
     def __post_init__(self):
         c = self
@@ -97,11 +86,12 @@ class Config:
         c.mask_id = c.vocab_size - 1 if c.mask_id is None else c.mask_id
         c.auxiliary_width = c.auxiliary_width or c.width
         for field in fields(c):
-            value, allowed = getattr(c, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal and value not in allowed:
-                raise ValueError(f"{field.name}={value!r} has to be one of {', '.join(allowed)}.")
-            if get_origin(field.type) is Annotated and not allowed[1] <= value <= allowed[2]:
-                raise ValueError(f"{field.name}={value} has to be from {allowed[1]} to {allowed[2]}.")
+            value, choices = getattr(c, field.name), get_args(field.type)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name}={value!r} has to be one of {', '.join(map(str, choices))}.")
+            low, high = RANGES.get(field.name, (0, math.inf))
+            if field.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
+                raise ValueError(f"{field.name}={value} has to be finite, and from {low} to {high}.")
         mixes = c.token_task == "clm" and c.copy_mechanism  # in all_token_mlm the LM loss trains that head
         for name, has_effect in {"corruption": c.token_task != "mlm", "copy_mechanism": c.token_task == "clm",
                                  "lm_loss": mixes, "stop_gradient": mixes}.items():
@@ -134,6 +124,25 @@ class Config:
     def crop_len(self):
         """Tokens of the crop, without its own [CLS]."""
         return round(self.crop * (self.max_len - 1))
+
+
+RANGES = {  # a number is finite and not negative; these have a tighter range, both ends included
+    **dict.fromkeys(("layers", "width", "heads", "ffn_width", "auxiliary_layers"), (1, 2**22)),
+    "vocab_size": (8, 2**31 - 1), "max_len": (8, 2**20), "relative_bins": (8, 4096),
+    "max_distance": (4, 2**20), "dropout": (0, 0.9), "auxiliary_dropout": (0, 0.9), "mask_fraction": (0.01, 0.4),
+    "crop": (0.01, 1), "temperature": (1e-3, math.inf),
+}
+
+PRESETS = {  # what differs from Config's sizes, which are those of base
+    # [ours] learns something in minutes on two CPU cores, thanks to relative_init="local"
+    "tiny": dict(max_len=128, layers=2, width=128, heads=4, ffn_width=512, auxiliary_layers=1, dropout=0.0,
+                 relative_init="local"),
+    "small": dict(width=256, heads=4, ffn_width=1024, auxiliary_layers=2),  # [model]
+    "base": dict(),  # [paper, model]
+    "base++": dict(relative_bins=64),  # [model]
+    "large++": dict(layers=24, width=1024, heads=16, ffn_width=4096, auxiliary_layers=6, relative_bins=128,
+                    max_distance=256),  # [paper, model]
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -201,9 +210,9 @@ def attention(q, k, v, bias, dropout):
     return (drop(logits.softmax(-1), dropout) @ v).view(B, H, Q, d)
 
 
-def rows_of(x, rows):
-    """The rows (B, K) of every sequence of x (B, T, D): (B, K, D)"""
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+def at_positions(x, positions):
+    """What stands at positions (B, K) of x (B, T, D): (B, K, D)"""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class Layer(nn.Module):
@@ -219,14 +228,14 @@ class Layer(nn.Module):
         self.ffn_out = nn.Linear(ffn_width, width)
         self.ffn_norm = nn.LayerNorm(width, eps=1e-5)
 
-    def forward(self, x, bias, dropout, rows=None):
-        """x (B, T, D), bias (B, H, T, T) -> (B, T, D); at rows (B, K), with bias (B, H, K, T) -> (B, K, D)"""
+    def forward(self, x, bias, dropout, positions=None):
+        """x (B, T, D), bias (B, H, T, T) -> (B, T, D); with positions (B, K), bias (B, H, K, T) -> (B, K, D)"""
         D = x.shape[-1]
-        if rows is None:
+        if positions is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:  # keys and values of all positions, queries of a few
             k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
-            x = rows_of(x, rows)
+            x = at_positions(x, positions)
             q = F.linear(x, self.qkv.weight[:D], self.qkv.bias[:D])
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, d)
         y = attention(q, k, v, bias, dropout).transpose(1, 2).flatten(2)  # (B, T, D)
@@ -294,12 +303,12 @@ class Encoder(nn.Module):
         padding = F.pad(padding, (0, -T % 8))[:, None, None, :]
         return F.pad(bias, (0, -T % 8)).masked_fill(padding, -math.inf)[..., :T]
 
-    def forward(self, tokens, padding=None, rows=None, dropout=None):
+    def forward(self, tokens, padding=None, positions=None, dropout=None):
         """Hidden states (B, T, D) of tokens (B, T).
 
         padding: (B, T), True where there is no token; default: at [PAD]. Corrupted text needs the padding of
             the original text, since the auxiliary may well sample [PAD].
-        rows: (B, K) positions, if the output is wanted only there: (B, K, D). The last layer skips the rest.
+        positions: (B, K), if the output is wanted only there: (B, K, D). The last layer skips the rest.
         dropout: the rate; default: the model's in training, 0 in evaluation.
         """
         if padding is None:
@@ -313,10 +322,10 @@ class Encoder(nn.Module):
                 x = checkpoint(layer, x, bias, dropout, use_reentrant=False)
             else:
                 x = layer(x, bias, dropout)
-        if rows is not None:
-            index = rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
+        if positions is not None:
+            index = positions[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
             bias = bias.gather(2, index)  # (B, H, K, T)
-        return self.layers[-1](x, bias, dropout, rows)
+        return self.layers[-1](x, bias, dropout, positions)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -556,9 +565,9 @@ class COCOLM(nn.Module):
             lm_logits = self.lm_logits(hidden)  # (B, T, V)
             each = lm_loss_mixture(lm_logits, copy_logits, tokens, same)  # (B, T)
             losses["lm_loss"] = (each * real).sum() / real.sum()
-            lm_logits = rows_of(lm_logits.detach(), masked)  # (B, K, V)
+            lm_logits = at_positions(lm_logits.detach(), masked)  # (B, K, V)
         elif c.token_task != "rtd":
-            lm_logits = self.lm_logits(rows_of(hidden, masked))  # (B, K, V)
+            lm_logits = self.lm_logits(at_positions(hidden, masked))  # (B, K, V)
             if c.token_task == "mlm" or not c.copy_mechanism:
                 each = mlm_loss(lm_logits, originals)  # (B, K)
             else:
@@ -571,7 +580,7 @@ class COCOLM(nn.Module):
             losses["lm_loss"] = each.mean()
 
         if c.contrastive:  # the crop goes through the main model alone, and only its [CLS] is wanted
-            crop_hidden = self.main(batch["crop"], rows=torch.zeros_like(masked[:, :1]))  # (B, 1, D)
+            crop_hidden = self.main(batch["crop"], positions=torch.zeros_like(masked[:, :1]))  # (B, 1, D)
             vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])]).float()
 
         if with_statistics:

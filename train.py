@@ -24,7 +24,7 @@ import time
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,45 +36,42 @@ from data import InputError, Parser, Sequences, Tokenizer, batches, run_command
 from model import COCOLM, PRESETS, Config, flops, from_release, pair
 
 # ------------------------------------------------------------------------------------------------------------
-# Constants. The type says what a value may be: Annotated[float, 0, 1] is a number from 0 to 1.
-
-Count = Annotated[int, 1, 2**40]
-CountOrZero = Annotated[int, 0, 2**40]
+# Constants
 
 # the run
 preset: Literal[tuple(PRESETS)] = "tiny"  # sizes and schedule: tiny | small | base | base++ | large++
-dataset: str = "docs"            # the corpus data_dir/dataset, made by data.py; docs is made if it is missing
-data_dir: str = "data"           # folder of all corpora
-out_dir: str = "out"             # folder of this run: ckpt.pt, ckpt.prev.pt, log.jsonl
-init_from: str = "scratch"       # scratch | resume | resume_or_scratch | path of a checkpoint to start from
-overwrite: bool = False          # True: replace the run that out_dir holds
-seed: CountOrZero = 0            # of weights and dropout, and of the order, masks and crops of the text
-auxiliary_from: str = ""         # with corruption=frozen: the checkpoint whose auxiliary corrupts the text
+dataset: str = "docs"  # the corpus data_dir/dataset, made by data.py; docs is made if it is missing
+data_dir: str = "data"            # folder of all corpora
+out_dir: str = "out"              # folder of this run: ckpt.pt, ckpt.prev.pt, log.jsonl
+init_from: str = "scratch"        # scratch | resume | resume_or_scratch | path of a checkpoint to start from
+overwrite: bool = False           # True: replace the run that out_dir holds
+seed: int = 0                     # of weights and dropout, and of the order, masks and crops of the text
+auxiliary_from: str = ""          # with corruption=frozen: the checkpoint whose auxiliary corrupts the text
 
 # optimization; what has no value here is the preset's, from SCHEDULES, unless one is written here
-batch_size: Count                # sequences in a step, over all processes
-micro_batch_size: Count          # of them in a pass of one process; gradients of the passes are accumulated
-max_steps: Count                 # optimizer steps
-warmup_steps: CountOrZero        # steps of linear warm-up; then linear decay to 0 at max_steps
-learning_rate: Annotated[float, 0, 10]         # at the end of the warm-up
-grad_clip: Annotated[float, 0, 1e9] = 2.0      # largest norm of the gradient; 0: no clipping
-weight_decay: Annotated[float, 0, 1] = 0.01    # of matrices [model]; not of biases and norms [ours]
-beta1: Annotated[float, 0, 0.9999999] = 0.9    # AdamW: decay of the mean of gradients
-beta2: Annotated[float, 0, 0.9999999] = 0.98   # AdamW: decay of the mean of squared gradients
-epsilon: Annotated[float, 1e-30, 1] = 1e-6     # AdamW: added to the root of the mean of squares
+batch_size: int                   # sequences in a step, over all processes
+micro_batch_size: int             # of them in a pass of one process; gradients of the passes are accumulated
+max_steps: int                    # optimizer steps
+warmup_steps: int                 # steps of linear warm-up; then linear decay to 0 at max_steps
+learning_rate: float              # at the end of the warm-up
+grad_clip: float = 2.0            # largest norm of the gradient; 0: no clipping
+weight_decay: float = 0.01        # of matrices [model]; not of biases and norms [ours]
+beta1: float = 0.9                # AdamW: decay of the mean of gradients
+beta2: float = 0.98               # AdamW: decay of the mean of squared gradients
+epsilon: float = 1e-6             # AdamW: added to the root of the mean of squares
 
 # the machine
 device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, mps or cpu, the first that is here
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: bfloat16 in hardware
-compile: Literal["auto", "True", "False"] = "auto"      # torch.compile; auto: on CUDA with a C compiler
-recompute: bool = False          # activation checkpointing: about a third more time, much less memory
+compile: Literal["auto", "True", "False"] = "auto"  # torch.compile; auto: on CUDA with a C compiler
+recompute: bool = False           # activation checkpointing: about a third more time, much less memory
 
 # logging and checkpoints
-log_interval: Count = 20         # steps between rows of the log
-eval_interval: Count             # steps between validations
-eval_batches: Count              # batches of validation text (batch_size sequences each)
-checkpoint_interval: Count       # steps between checkpoints
-keep_interval: CountOrZero = 0   # steps between checkpoints that stay, as ckpt.STEP.pt; 0: none
+log_interval: int = 20            # steps between rows of the log
+eval_interval: int                # steps between validations
+eval_batches: int                 # batches of validation text (batch_size sequences each)
+checkpoint_interval: int          # steps between checkpoints
+keep_interval: int = 0            # steps between checkpoints that stay, as ckpt.STEP.pt; 0: none
 
 SCHEDULES = {  # batch_size and max_steps of base and above [paper, model]; all else has no source: [ours]
     "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1300, warmup_steps=300, learning_rate=1.5e-3,
@@ -92,7 +89,8 @@ MAY_CHANGE = {  # when a run is resumed
     "eval_interval", "eval_batches", "checkpoint_interval", "keep_interval",
 }
 STARTS = ("scratch", "resume", "resume_or_scratch")  # anything else in init_from is a path
-SIZES = {*PRESETS["base"], "auxiliary_width", "relative_positions"} - {"relative_init"}  # of a checkpoint
+SIZES = {"max_len", "layers", "width", "heads", "ffn_width", "auxiliary_layers", "dropout", "relative_bins",
+         "max_distance", "auxiliary_width", "relative_positions"}  # of a checkpoint
 MAY_DIFFER = {"dropout", "auxiliary_layers"}  # from those of the checkpoint that a run starts from
 PEAK = {  # teraflops a second, 16 bit with float32 sums, dense, from data sheets; the first name that fits
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
@@ -117,7 +115,8 @@ def read_settings(argv):
         checkpoint = read_checkpoint(args.init_from)
         sizes = {name: checkpoint["config"][name] for name in SIZES}
         alike = [name for name, row in PRESETS.items()
-                 if all(row.get(size, sizes[size]) == sizes[size] for size in SIZES - MAY_DIFFER)]
+                 if all(row.get(size, getattr(Config, size)) == sizes[size]
+                        for size in SIZES - MAY_DIFFER - {"auxiliary_width", "relative_positions"})]
         theirs = checkpoint.get("settings", {}).get("preset", [*alike, preset][0])
         if theirs == preset or not any(word.startswith("--preset") for word in argv):  # or it is refused
             preset, values = theirs, SCHEDULES[theirs] | PRESETS[theirs] | sizes
@@ -188,7 +187,7 @@ def connect(device):
         dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=dist.PrefixStore(restart, store))
 
 
-def say(*words, **how):
+def print0(*words, **how):
     if RANK == 0:
         data.tell(*words, **how)
 
@@ -313,7 +312,7 @@ def read_release(file, saved):
         config, weights, differ = from_release(weights, settings)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
         raise InputError(f"{file} is neither a checkpoint nor a released model ({error}).") from None
-    tokenizer = data.ReleasedTokenizer.read(file.parent, config.vocab_size)
+    tokenizer = data.SentencePieceTokenizer.read(file.parent, config.vocab_size)
     return {"model": weights, "step": 0, "config": vars(config),
             "tokenizer": tokenizer.state(), "differ": differ}
 
@@ -341,7 +340,7 @@ def find_checkpoint(args):
         if resume and path.exists():
             try:
                 checkpoint = read_checkpoint(path, "optimizer", "settings", "scaler", "skipped")
-                say(f"{problems}resuming from {path}, step {checkpoint['step']:,}")
+                print0(f"{problems}resuming from {path}, step {checkpoint['step']:,}")
                 return checkpoint, path
             except InputError as error:
                 problems += f"{error} "
@@ -380,11 +379,11 @@ def copy_weights(model, checkpoint, path, part=""):
     model.load_state_dict(found, strict=False)
     groups = dict.fromkeys(name.split(".")[0] for name in new)
     anew = [group + " (in part)" * any(name.startswith(group) for name in found) for group in groups]
-    say(f"weights from {path}: {len(found)} tensors")
+    print0(f"weights from {path}: {len(found)} tensors")
     for what, names in (("start anew", anew), ("not used", unused),
                         ("its own there, the main Transformer's here", shared and checkpoint.get("differ"))):
         if names:
-            say(f"  {what}: {', '.join(names)}")
+            print0(f"  {what}: {', '.join(names)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -484,7 +483,7 @@ class Log:
         write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.path, self.file = path, open(path, "a")
         self.began = time.monotonic() - rows[-1].get("seconds", 0.0)
-        say("\n    step split" + "".join(f"{t:>8}" for t in self.columns.values()) + "  tokens/s  time left")
+        print0("\n    step split" + "".join(f"{t:>8}" for t in self.columns.values()) + "  tokens/s  time left")
 
     def write(self, split, step, values, left=None):
         """Adds a row. left: the seconds that the run still takes"""
@@ -499,12 +498,12 @@ class Log:
         if split == "train":
             line += f"{row['tokens_per_sec']:10,}  {timedelta(seconds=round(left))}"
             line += f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
-        say(line.rstrip())
+        print0(line.rstrip())
 
 
 def show_what_was_learned(batch, predictions, tokenizer, text, final, args):
     """Validation text, what the auxiliary made of it, and what the main model says to that; the scores."""
-    say("\n  validation text, with [original: what the auxiliary put, p(original) > main model's correction]")
+    print0("\n  validation text, with [original: what the auxiliary put, p(original) > main model's correction]")
     for row, tokens in enumerate(batch["tokens"][:2]):
         words, corrupted = tokenizer.pieces(tokens), predictions["corrupted"][row]
         for k, i in enumerate(batch["masked"][row].tolist()):
@@ -516,7 +515,7 @@ def show_what_was_learned(batch, predictions, tokenizer, text, final, args):
                     put += f" > {tokenizer.pieces(predictions['lm_tokens'][row, k : k + 1])[0].strip()}"
                 words[i] = " " * words[i].startswith(" ") + f"[{words[i].strip()}: {put}]"
         lines = textwrap.wrap("".join(words[1:]), 96)[:5]
-        say("", *(f"  {line}" for line in lines), sep="\n")
+        print0("", *(f"  {line}" for line in lines), sep="\n")
 
     counts = np.bincount(text[text != tokenizer.sep_id])  # [SEP] is never masked
     share = counts[counts > 0] / counts.sum()
@@ -525,11 +524,11 @@ def show_what_was_learned(batch, predictions, tokenizer, text, final, args):
         "copy_auc": ("↑", 0.5), "lm_accuracy_replaced": ("↑", share.max()),
         "scl_accuracy": ("↑", 1 / (args.negatives + 1)), "mean_cosine": ("↓", 1.0),
     }
-    say(f"\n  {'on validation text':26}{'this model':>12}{'nothing learned':>17}")
+    print0(f"\n  {'on validation text':26}{'this model':>12}{'nothing learned':>17}")
     for name, (better, floor) in nothing_learned.items():
         if name in final:
-            say(f"  {better} {name:24}{final[name]:12.4f}{floor:17.4f}")
-    say("  Good are a low p and the original as correction; and scores that go the way of their arrow.")
+            print0(f"  {better} {name:24}{final[name]:12.4f}{floor:17.4f}")
+    print0("  Good are a low p and the original as correction; and scores that go the way of their arrow.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -593,7 +592,7 @@ def main(argv):
             raise InputError(f"{resumed_from} was made with other settings. To resume it give "
                              f"{' '.join(again) or 'the same text: the checksums of the corpus differ'}.")
         if args.contrastive and "negatives" in changes:
-            say(f"warning: {args.negatives} negatives for each sequence vector, not {before['negatives']}")
+            print0(f"warning: {args.negatives} negatives for each sequence vector, not {before['negatives']}")
         model.load_state_dict(checkpoint["model"])
         # the groups stay those of these settings and this device, and a scaler may be new
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
@@ -604,7 +603,7 @@ def main(argv):
     if args.auxiliary_from and not start:
         take_weights(model, args.auxiliary_from, tokenizer, "auxiliary.")
     if start >= args.max_steps:
-        return say(f"{out} is finished: step {start:,} of max_steps={args.max_steps:,}.")
+        return print0(f"{out} is finished: step {start:,} of max_steps={args.max_steps:,}.")
     if args.compile:
         model.passes = torch.compile(model.passes, dynamic=False)  # all but what crosses processes
     ddp = model
@@ -632,7 +631,7 @@ def main(argv):
     peak = 1e12 * WORLD * known[0] if known else math.nan
     epochs = args.max_steps * args.batch_size / len(train)
     left = timedelta(seconds=round((args.max_steps - start) * step_seconds))
-    say(f"device      {WORLD} x {args.device} ({hardware}), {args.dtype}{', compiled' * args.compile}\n"
+    print0(f"device      {WORLD} x {args.device} ({hardware}), {args.dtype}{', compiled' * args.compile}\n"
         f"parameters  {', '.join(f'{name} {n:,}' for name, n in counts.items())}\n"
         f"text        {train.path.parent}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation\n"
         f"step        {step_tokens:,} tokens = {WORLD} processes x {args.accumulation} passes x "
@@ -642,7 +641,7 @@ def main(argv):
         f"to {out}\n"
         f"time        about {left}, at {step_seconds:.3g} s a step")
     if epochs > 100:
-        say(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
+        print0(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
     if RANK == 0:
         held = held or lock(out)
         if resumed_from == out / "ckpt.prev.pt" and (out / "ckpt.pt").exists():
@@ -669,7 +668,7 @@ def main(argv):
             if RANK == 0:
                 log.write("val", step, {"tokens": step * step_tokens, **final})
             if step > args.warmup_steps and final["mean_cosine"] > 0.99:
-                say("warning: mean_cosine is near 1: all texts look the same to the model; see README.md")
+                print0("warning: mean_cosine is near 1: all texts look the same to the model; see README.md")
         due = step > start and (last or stop or step % args.checkpoint_interval == 0)
         keep = step and args.keep_interval and step % args.keep_interval == 0
         if RANK == 0 and (due or keep):
@@ -684,7 +683,7 @@ def main(argv):
             except (InputError, OSError) as error:  # a full disk, say
                 if last or stop:
                     raise
-                say(f"warning: {error} The run goes on, and tries again at the next interval.")
+                print0(f"warning: {error} The run goes on, and tries again at the next interval.")
         if last or stop:
             break
 
@@ -743,11 +742,11 @@ def main(argv):
         sys.exit(1 if RANK else f"train.py: stopped before step {step + 1}: a loss or gradient is not finite;"
                  f" a smaller learning rate or a longer warm-up may help.")
     if stop and not last:
-        say(f"stopped by {signal.Signals(stop).name} after step {step:,}; --init_from=resume continues")
+        print0(f"stopped by {signal.Signals(stop).name} after step {step:,}; --init_from=resume continues")
         sys.exit(128 + int(stop))
     if RANK == 0:
         show_what_was_learned(batch, predictions, tokenizer, val.tokens, final, args)
-        say(f"\nthe checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
+        print0(f"\nthe checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,8 +31,8 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 
-minutes: Annotated[float, 0, 1e6] = 10.0  # how long; a trial that has begun is finished
-seed: Annotated[int, 0, 2**40] = 0        # of all random choices; the moments of the kills still vary
+minutes: float = 10.0  # how long; a trial that has begun is finished
+seed: int = 0        # of all random choices; the moments of the kills still vary
 
 RUN = ["--dataset=toy", "--layers=1", "--width=32", "--ffn_width=64", "--heads=2", "--max_len=32",
        "--dropout=0.1", "--batch_size=12", "--max_steps=12", "--warmup_steps=2", "--log_interval=1",

@@ -27,7 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ from model import PRESETS, Config, flops  # noqa: E402
 from train import load_checkpoint, write_file  # noqa: E402
 
 preset: Literal[tuple(PRESETS)] = "tiny"  # sizes and schedule of all rows
-steps: Annotated[int, 40, 10**9] = 10_000  # optimizer steps of a whole row
-seeds: Annotated[int, 1, 5] = 3  # pretraining seeds of the main rows: 1, 2, ...
+steps: int = 10_000  # optimizer steps of a whole row
+seeds: int = 3  # pretraining seeds of the main rows: 1, 2, ...
 only: str = ""  # run only rows whose file's name contains this
 dataset: str = "wiki_books"  # the corpus data_dir/dataset
 data_dir: str = "data"  # folder of all corpora
@@ -110,7 +110,8 @@ def file_name(row):
 
 def train_options(row, args):
     """The options of train.py that decide what a row learns."""
-    every, c = max(row["steps"] // 20, 1), PRESETS[args.preset]  # 20 points of each curve
+    every = max(row["steps"] // 20, 1)  # 20 points of each curve
+    c = vars(Config.from_preset(args.preset, vocab_size=2**15))
     narrow = round(c["width"] / c["heads"] / 3) * c["heads"]
     changes = row["options"].format(layers=c["layers"], narrow=narrow, deeper=c["auxiliary_layers"] + 1)
     return [f"--preset={args.preset}", f"--dataset={args.dataset}", f"--seed={row['seed']}",
