@@ -7,10 +7,11 @@
     python finetune.py --predict=FILE --init_from=out/finetune/NAME/best.pt       writes FILE.predictions.tsv
     torchrun --standalone --nproc_per_node=8 finetune.py --task=MNLI ...          eight GPUs
 
-Own data are train.tsv, dev.tsv and, if there, test.tsv; or .jsonl. The header or the keys name the columns:
-"label" and one or two others, which are the texts; "index" or "id" may be there, too. FILE needs no labels.
+Own data are train.tsv, dev.tsv and, optionally, test.tsv; or .jsonl. The header, or the keys, names the
+columns: "label" and one or two others, which are the texts. A column that numbers the rows ("index", "id",
+"idx", "guid") may be there, too. FILE needs no labels.
 
-To change something, edit a constant or pass --name=value. What a run writes to out_dir/TASK/:
+To change something, edit a constant or pass --name=value. A run writes to out_dir/TASK/:
 
     results.json   median, minimum and maximum over the finished seeds, baseline, settings
                    (scores are at most 1, those of SQuAD in percent, as in its official script)
@@ -24,15 +25,12 @@ The last line of the output is one line of JSON. load_finetuned makes a model of
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 import math
-import os
 import re
 import string
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,16 +44,16 @@ import torch.nn.functional as F
 
 from data import InputError, Parser, Progress, Tokenizer, checksum, read_lines, run_command
 from model import COCOLM, PRESETS, Config
-from train import (LOCAL_RANK, RANK, WORLD, choose_hardware, connect, gather_objects,
-                   keep_memory, learning_rate_at, load_checkpoint, lock, make_optimizer, print0, read_checkpoint,
-                   seed_dropout, sum_over_processes, to_device, weights_file, write_file)
+from train import (LOCAL_RANK, RANK, WORLD, checkpoint_path, choose_hardware, connect, gather_objects,
+                   keep_memory, learning_rate_at, load_checkpoint, lock, make_optimizer, print0,
+                   read_checkpoint, seed_dropout, sum_over_processes, to_device, write_file)
 
 # ------------------------------------------------------------------------------------------------------------
 # The tasks: one row says everything about a task.
 #
 # base, large: batch size, learning rate, epochs, warm-up fraction [model]; large: if as wide as large++
+# labels: the classes; []: a score from low to high, scaled to 0..1 for the model [model]
 # selects: the metrics whose mean on dev selects the best state; default: all metrics
-# labels: the classes, or [] for scores from low to high, of which the model learns a share [model]
 
 BINARY, ENTAILMENT = ["0", "1"], ["entailment", "not_entailment"]
 TASKS = {
@@ -89,7 +87,7 @@ TASKS = {
     "SQuAD-2.0": dict(metrics=["exact_match", "f1"], selects=["best_f1"], max_len=384,
                       base=(32, 2e-5, 3, 1 / 10), large=(32, 2e-5, 3, 1 / 10)),
 }
-INDEX = ("index", "id")  # columns that number the rows
+INDEX = ("index", "id", "idx", "guid", "uid")  # columns that number the rows, in any case
 PAPERS_EIGHT = ["MNLI", "QQP", "QNLI", "SST-2", "CoLA", "RTE", "MRPC", "STS-B"]
 OWN = dict(own=True, label="label", base=(16, 2e-5, 10, 1 / 16), large=(16, 1e-5, 10, 1 / 16))  # [ours]
 
@@ -101,15 +99,14 @@ task: str = "CoLA"                # a row of TASKS, or own data; GLUE: the paper
 data_dir: str = "data/glue"       # tasks are in data_dir/TASK/, but SQuAD's files in data_dir itself
 regression: bool = False          # own data: labels are numbers
 predict: str = ""                 # a .tsv or .jsonl for which a fine-tuned init_from gives the labels
-init_from: str = "out/ckpt.pt"    # a checkpoint of train.py; scratch: an untrained model, to compare with
-tokenizer_from: str = "data/docs"  # of scratch: a checkpoint, a release or a prepared corpus
-preset: Literal[tuple(PRESETS)]   # of scratch: its sizes; default: those of that checkpoint, else tiny
+init_from: str = "out/ckpt.pt"    # a checkpoint; scratch: an untrained model, to compare with
+tokenizer_from: str = "data/docs"  # of scratch: a checkpoint or a prepared corpus
+preset: Literal[tuple(PRESETS)]   # of scratch: its sizes; default: those of that checkpoint, or tiny
 out_dir: str = "out/finetune"     # results are in out_dir/TASK/
-overwrite: bool = False           # True: deletes the results of all seeds in out_dir/TASK/ first
 seeds: int = 1                    # runs, with the seeds seed, seed + 1, ...
 seed: int = 0                     # the first one: of the head, the order of the examples and dropout
 
-# hyperparameters; those without a value are the task's, from TASKS
+# hyperparameters; constants without a value come from TASKS; write one here to override it
 epochs: int                       # passes over the training examples
 batch_size: int                   # examples in a step, over all processes
 learning_rate: float              # at the end of the warm-up; small models want more: tiny 5e-4
@@ -133,7 +130,7 @@ QUESTION, STRIDE = 64, 128        # SQuAD: tokens of a question, tokens from one
 N_BEST, LONGEST_ANSWER = 20, 30   # SQuAD: starts and ends that are combined, tokens of an answer [model]
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics, as in scikit-learn, scipy (but 0 where those have nan) and the official SQuAD script
+# Metrics, as in scikit-learn, scipy (but 0 where those give nan) and the official SQuAD script
 #
 # gold, predicted: arrays (n,) of scores, or of classes as the numbers 0, 1, ...
 
@@ -143,23 +140,29 @@ def accuracy(gold, predicted):
 
 
 def f1(gold, predicted):
-    """Harmonic mean of precision and recall of class 1; 0 if it is on neither side."""
+    """Harmonic mean of precision and recall of class 1; 0 if neither side has it."""
     total = (gold == 1).sum() + (predicted == 1).sum()
     return float(2 * ((gold == 1) & (predicted == 1)).sum() / total) if total else 0.0
 
 
 def macro_f1(gold, predicted):
-    """Mean of the F1 of each class that occurs, in gold or predicted"""
-    return float(np.mean([f1(gold == k, predicted == k) for k in np.union1d(gold, predicted)]))
+    """Mean of the F1 of each class that occurs in gold or predicted"""
+    total = np.bincount(np.concatenate([gold, predicted]))  # (classes,)
+    hits = np.bincount(gold[gold == predicted], minlength=len(total))
+    return float(np.mean(2 * hits[total > 0] / total[total > 0]))
 
 
 def pearson(gold, predicted):
     """Linear correlation; 0 if either is constant. Of the classes 0 and 1 it is Matthews' correlation."""
-    x, y = np.asarray(gold, float), np.asarray(predicted, float)
-    if (x == x[0]).all() or (y == y[0]).all():
-        return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    return float(np.clip((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)), -1, 1))
+    units = []
+    for values in (gold, predicted):
+        values = np.asarray(values, float)
+        if (values == values[0]).all():
+            return 0.0
+        values = np.ldexp(values, -np.frexp(np.abs(values).max())[1])  # at most 1: no square can overflow
+        values = values - values.mean()
+        units.append(values / np.linalg.norm(values))
+    return float(np.clip(units[0] @ units[1], -1, 1))
 
 
 def spearman(gold, predicted):
@@ -210,7 +213,7 @@ def best_threshold(scores, has_answer, odds):
 
 
 def table(header, rows):
-    """The text of a .tsv. Tabs and line breaks within a field become spaces, half a character a "?"."""
+    """The text of a .tsv. Tabs and line breaks in a field become spaces, lone surrogates "?"."""
     lines = ("\t".join(re.sub(r"[\t\r\n]", " ", field) for field in row) for row in [header, *rows])
     return "".join(line + "\n" for line in lines).encode(errors="replace").decode()
 
@@ -219,7 +222,7 @@ def read_fields(path):
     """(line number, fields) of a .tsv or a .jsonl. The first fields are the names of the columns.
 
     Only tabs separate the fields of a .tsv: quotation marks are text. The names of a .jsonl are the keys of
-    its first line. A number is its text; what is neither text nor number stays as it is:
+    its first line. Numbers, true and false become their text; lists, dicts and null stay as they are:
 
         {"text": "A cat.", "label": 1}  ->  (1, ["text", "label"]), (1, ["A cat.", "1"])
     """
@@ -234,6 +237,7 @@ def read_fields(path):
             row, as_text = json.loads(line), json.loads(line, parse_int=str, parse_float=str)
             keys = list(dict.fromkeys([*names, *row.keys()]))  # first those of the first line
             fields = [as_text[key] if isinstance(as_text[key], str) else row[key] for key in keys]
+            fields = [json.dumps(field) if isinstance(field, bool) else field for field in fields]
         except (ValueError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"{path}, line {number} has to be a JSON object with the keys of the first one "
                              f"({error!r:.200}).") from None
@@ -243,17 +247,25 @@ def read_fields(path):
         yield number, fields
 
 
-def wanted_label(task, label):
-    """What a label has to be, if it is not that; None if it can be used."""
-    labels = task["labels"]
-    if labels is None:  # the classes are what the training file has
-        return None if label else "a text"
-    if labels:
-        return None if label in labels else f"one of {', '.join(labels):.200}"
+def number_of(text):
+    """The number that a text spells, else None. "1_000" and what sums could overflow are no numbers."""
     with contextlib.suppress(ValueError):
-        if math.isfinite(float(label)) and ("own" in task or task["low"] <= float(label) <= task["high"]):
-            return None
-    return "a number" if "own" in task else f"a number from {task['low']:g} to {task['high']:g}"
+        if "_" not in text and abs(float(text)) <= 1e300:
+            return float(text)
+
+
+def wanted_label(task, classes, label):
+    """None if the label can be used; else what it has to be. classes: the set of a task's labels"""
+    if task["labels"] is None:  # the classes are what the training file has
+        return None if label else "a text"
+    if classes:
+        return None if label in classes else f"one of {', '.join(task['labels']):.200}"
+    number, low, high = number_of(label), -1e300, 1e300
+    if "own" not in task:  # own scores on dev may leave the range of train
+        low, high = task["low"], task["high"]
+    if number is not None and low <= number <= high:
+        return None
+    return f"a number from {low:g} to {high:g}"
 
 
 def read_glue(path, task, split):
@@ -262,15 +274,22 @@ def read_glue(path, task, split):
     index: from that column, else the row's number. Rows of own files have as many fields as the header.
     """
     labelled, exact = split in ("train", "dev"), "own" in task or split == "new"
-    wanted = task["texts"] + [task["label"]] * labelled
-    lines, rows = list(read_fields(path)), []
-    first = lines[0][1] if lines else []
-    header = task["no_header"] if labelled and "no_header" in task and wanted[0] not in first else first
-    if missing := [column for column in wanted if column not in header]:
-        raise InputError(f'{path} has no column "{missing[0]}": its first line is {first!r:.200}.')
-    for number, fields in lines[header is first :]:
+    wanted = [*task["texts"], task["label"]] if labelled else task["texts"]
+    lines, rows, broken, classes = list(read_fields(path)), [], 0, {*(task["labels"] or [])}
+    header = lines[0][1] if lines else []
+    if labelled and "no_header" in task and wanted[0] not in header:
+        header = task["no_header"]
+    else:
+        lines = lines[1:]
+    for column in wanted:
+        if header.count(column) != 1:
+            raise InputError(f'{path} needs one column "{column}": its first line is {header!r:.200}.')
+    if exact and "prediction" in header:
+        raise InputError(f'{path} has a column "prediction": rename it; the predictions get this name.')
+    for number, fields in lines:
         row, complete = dict(zip(header, fields)), len(fields) == len(header)
         if labelled and "skips_broken_rows" in task and not complete:
+            broken += 1
             continue
         if exact and not complete or not row.keys() >= {*wanted}:
             raise InputError(f"{path}, line {number} has {len(fields)} fields, not {len(header)}.")
@@ -279,22 +298,29 @@ def read_glue(path, task, split):
                 raise InputError(f'{path}, line {number}: "{column}" has to be a text, not {value!r:.200}.')
         texts = [row[column].strip() for column in task["texts"]]
         label = row[task["label"]].strip() if labelled else None
-        if labelled and (what := wanted_label(task, label)):
+        if labelled and (what := wanted_label(task, classes, label)):
             raise InputError(f"{path}, line {number}: the label has to be {what}, not {label!r:.200}.")
-        index = next((row[column] for column in INDEX if column in row), len(rows))
+        index = next((row[column] for column in row if column.casefold() in INDEX), len(rows))
         rows.append((str(index).strip(), texts, label))
     if not rows:
         raise InputError(f"{path} has no rows: it is empty, or has a header alone.")
-    if broken := len(lines) - (header is first) - len(rows):
+    if broken:
         print0(f"{path}: {broken} broken rows were left out.")
     return rows
+
+
+def say_quotes(path, texts):
+    """Says once that a file looks as if pandas had quoted its texts: "a ""film"" like this"."""
+    if path.suffix.lower() == ".tsv" and any(re.fullmatch('".*"".*"', text) for row in texts for text in row):
+        print0(f'{path}: quotation marks are read as text. If pandas wrote them, write a .jsonl instead: '
+               f'df.to_json("train.jsonl", orient="records", lines=True)')
 
 
 class GlueSet:
     """A file of a GLUE task or of own data.
 
     examples: dicts of tokens (T,) = [CLS] A [SEP] or [CLS] A [SEP] [SEP] B [SEP], and label (): the number of
-    a class, or a score's share of the range from low to high. gold (n,): classes or scores.
+    a class, or a score, scaled so that low to high is 0 to 1. gold (n,): classes or scores.
 
     Predictions are (values like gold, the probability of each; None for scores).
     """
@@ -303,10 +329,13 @@ class GlueSet:
         self.task, self.labels, self.name, self.split = task, task["labels"], set_name, split
         self.low, self.high = task.get("low"), task.get("high")  # of scores
         self.index, texts, labels = zip(*read_glue(path, task, split))
+        if "own" in task:
+            say_quotes(path, texts)
         self.examples = [{"tokens": np.array(tokenizer.encode_pair(*row, max_len=max_len))} for row in texts]
         if split in ("train", "dev"):
-            number = self.labels.index if self.labels else float
+            number = {label: number for number, label in enumerate(self.labels)}.get if self.labels else float
             self.gold = targets = np.array([number(label) for label in labels])
+        if split == "train":
             if not self.labels:
                 targets = np.float32((self.gold - self.low) / (self.high - self.low))
             for example, target in zip(self.examples, targets):
@@ -322,7 +351,7 @@ class GlueSet:
         return self.low + (self.high - self.low) * outputs[:, 0], None
 
     def constant(self, train):
-        """What a model predicts that always says the most frequent class, or the mean score, of train."""
+        """The predictions of always saying the most frequent class, or the mean score, of train."""
         value = np.bincount(train.gold).argmax() if self.labels else train.gold.mean()
         return np.full(len(self), value), None
 
@@ -337,7 +366,9 @@ class GlueSet:
         """name -> fields: the predictions and, of classes, their probabilities"""
         values, probability = predicted
         columns = {"prediction": self.text(values)}
-        return columns | {"probability": [f"{p:.6f}" for p in probability]} if self.labels else columns
+        if self.labels:
+            columns["probability"] = [f"{p:.6f}" for p in probability]
+        return columns
 
     def files(self, predicted):
         """name of file -> text: predictions and labels of a dev set, predictions of a test set"""
@@ -357,12 +388,13 @@ class GlueSet:
 
 
 def read_squad(path, version):
-    """[question]: dicts of id, question, context (one str for all of a paragraph), golds: [(text, start)]"""
+    """[question]: dicts of id, question, context (one str a paragraph), golds: [(text, start)]"""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         questions = [
             {"id": str(qa["id"]), "question": str(qa["question"]).strip(), "context": str(part["context"]),
-             "golds": [(str(answer["text"]), answer.get("answer_start")) for answer in qa["answers"]]}
+             "golds": [] if qa.get("is_impossible") is True else
+                      [(str(answer["text"]), answer.get("answer_start")) for answer in qa["answers"]]}
             for article in content["data"] for part in article["paragraphs"] for qa in part["qas"]]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not JSON in SQuAD's format ({error!r:.200}): fetch it again.") from None
@@ -372,9 +404,10 @@ def read_squad(path, version):
 
 
 def gold_tokens(question, spans):
-    """First and last token of the first gold answer that is where its offset says; None if there is none."""
+    """First and last token of the first gold answer that stands at its offset; None if there is none."""
     for text, start in question["golds"]:
-        if type(start) is int and start >= 0 and text.strip() and question["context"].startswith(text, start):
+        whole = type(start) in (int, float) and start >= 0 and start % 1 == 0  # 29.0 is a whole number
+        if whole and text.strip() and question["context"].startswith(text, int(start)):
             start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
             return (int(np.searchsorted(spans[:, 1], start, "right")),
                     int(np.searchsorted(spans[:, 0], end, "left")) - 1)
@@ -445,9 +478,9 @@ class SquadSet:
             starts[len(head) : -1] = visible[begin:end] & (best_window[begin:end] == number)
             allowed[0] = True
             shift = begin - len(head)
-            span = np.array([first - shift, last - shift]) * (begin <= first and last < end)
-            self.examples.append({"tokens": tokens, "allowed": allowed, "starts": starts, "span": span,
-                                  "question": len(self.questions), "shift": shift})
+            span = [first - shift, last - shift] if begin <= first and last < end else [0, 0]
+            self.examples.append({"tokens": tokens, "allowed": allowed, "starts": starts,
+                                  "span": np.array(span), "question": len(self.questions), "shift": shift})
         self.questions.append(question)
 
     def answer(self, question, first, last):
@@ -467,13 +500,6 @@ class SquadSet:
                 best[q] = score, int(first) + shift, int(last) + shift
         texts = [self.answer(question, *span) for question, (_, *span) in zip(self.questions, best)]
         return texts, np.array([min(nothing - score, 1e9) for nothing, (score, _, _) in zip(null, best)])
-
-    def constant(self, train):
-        """What a model predicts that always says the most frequent span of train, or no answer."""
-        span = Counter(question["tokens"] for question in train.questions).most_common(1)[0][0]
-        texts = [self.answer(question, *np.minimum(span or (0, 0), len(question["spans"]) - 1))
-                 for question in self.questions]
-        return texts, np.full(len(self), -1.0 if span else 1.0)
 
     def scores(self, predicted):
         """name of metric -> score in percent; of 2.0 also the best that a threshold of the odds gives"""
@@ -531,35 +557,6 @@ def find_file(folder, stem):
     return jsonl if jsonl.exists() else tsv
 
 
-def find_task(name, args):
-    """The row of a task, with its name: of TASKS, or for own data one of what their training file has."""
-    if name in TASKS:
-        if args.regression:
-            raise InputError(f"--regression=True is for own data: TASKS says what the labels of {name} are.")
-        return {"name": name, **TASKS[name]}
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise InputError(f"--task={name!r} has to be a plain name: letters, digits, _ . + -")
-    path = find_file(Path(args.data_dir, name), "train")
-    if not path.exists():
-        known = {key.casefold(): key for key in [*TASKS, "GLUE"]}
-        close = [known[key] for key in difflib.get_close_matches(name.casefold(), known)]
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known.values())}."
-        raise InputError(f"--task={name}: {path.parent} has no file train.tsv or train.jsonl; {hint}")
-    header = next((fields for _, fields in read_fields(path)), [])
-    texts = [column for column in header if column not in ("label", *INDEX)]
-    if "label" not in header or len(texts) not in (1, 2) or len({*header} - {""}) < len(header):
-        raise InputError(f'{path} needs a column "label" and one or two others, the texts, each with its own '
-                         f'name ("index" and "id" may be there, too), but its columns are {header!r:.200}.')
-    task = {"name": name, "texts": texts, "labels": [] if args.regression else None, **OWN}
-    values = {label for _, _, label in read_glue(path, task, "train")}
-    values = sorted(map(float, values) if args.regression else values)
-    if values[0] == values[-1]:
-        raise InputError(f"{path} has the label {values[0]!r} alone: there is nothing to learn.")
-    if args.regression:
-        return task | {"low": values[0], "high": values[-1], "metrics": ["pearson", "spearman"]}
-    return task | {"labels": values, "metrics": ["accuracy", "macro_f1"], "selects": ["accuracy"]}
-
-
 def files_of(task, data_dir):
     """[(train | dev | test, name of the set, path)] of a task. Only test files may be missing."""
     name, folder = task["name"], Path(data_dir, task["name"])
@@ -571,9 +568,54 @@ def files_of(task, data_dir):
             files += [(split, set_name, find_file(folder, split + suffix)) for split in ("dev", "test")]
     for split, _, path in files:
         if split != "test" and not path.exists():
-            raise InputError(f"{path.parent} has no file {path.name}; README's section \"Fine-tuning\" says "
-                             f"which files a task needs and where to get them.")
+            advice = "README's section \"Fine-tuning\" says which files a task needs. "
+            advice += f"Tasks are {', '.join(TASKS)}, GLUE and folders of your own."
+            if Path(data_dir, path.name).exists():
+                advice = f"{data_dir} is the folder of one task: give the folder above it as --data_dir."
+            raise InputError(f"{path.parent} has no file {path.name}. {advice}")
     return files
+
+
+def refuse_lookalikes(path, labels):
+    """0 and 0.0 would be two classes, and so would be a text with and without a sign that cannot be seen."""
+    seen = {}
+    for label in sorted(labels):
+        visible = "".join(c for c in label if c.isprintable())
+        number = number_of(visible)
+        other = seen.setdefault(visible if number is None else number, label)
+        if other != label:
+            raise InputError(f"{path} has the labels {other!r} and {label!r}: spell them alike.")
+
+
+def find_task(name, args):
+    """The row of a task, with its name: from TASKS, or made of the training file of own data."""
+    if name in TASKS:
+        if args.regression:
+            raise InputError(f"--regression=True is for own data: TASKS says what the labels of {name} are.")
+        return {"name": name, **TASKS[name]}
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise InputError(f"--task={name!r} has to be a plain name: letters, digits, _ . + -")
+    path = files_of({"name": name, "labels": None}, args.data_dir)[0][2]
+    header = next((fields for _, fields in read_fields(path)), [])
+    texts = [column for column in header if column != "label" and column.casefold() not in INDEX]
+    if "label" not in header or len(texts) not in (1, 2) or len({*header} - {""}) < len(header):
+        raise InputError(f'{path} needs a column "label" and one or two others, the texts, each with its own '
+                         f'name ({", ".join(INDEX)} may be there, too), but its columns are {header!r:.200}.')
+    task = {"name": name, "texts": texts, "labels": [] if args.regression else None, **OWN}
+    rows = read_glue(path, task, "train")
+    for column, values in zip(texts, zip(*(row for _, row, _ in rows))):
+        if all(number_of(value) is not None for value in values):
+            raise InputError(f'{path}: "{column}" holds nothing but numbers. If it numbers the rows, call it '
+                             f'{" or ".join(INDEX)}; if it is the label, "label"; else leave it out.')
+    values = {label for _, _, label in rows}
+    if not args.regression:
+        refuse_lookalikes(path, values)
+    values = sorted(map(float, values) if args.regression else values)
+    if values[0] == values[-1]:
+        raise InputError(f"{path} has the label {values[0]!r} alone: there is nothing to learn.")
+    if args.regression:
+        return task | {"low": values[0], "high": values[-1], "metrics": ["pearson", "spearman"]}
+    return task | {"labels": values, "metrics": ["accuracy", "macro_f1"], "selects": ["accuracy"]}
 
 
 def read_task(task, data_dir, tokenizer, max_len):
@@ -590,9 +632,11 @@ def read_task(task, data_dir, tokenizer, max_len):
 
 
 def dev_scores(dev, predicted):
-    """Scores of all dev sets; those of a second one, MNLI-mm, are named accuracy_mismatched."""
-    return {metric + "_mismatched" * number: score for number, a_set in enumerate(dev)
-            for metric, score in a_set.scores(predicted[number]).items()}
+    """The scores on dev. MNLI has a second dev set, whose score is named accuracy_mismatched."""
+    scores = dev[0].scores(predicted[0])
+    for a_set, each in zip(dev[1:], predicted[1:]):
+        scores |= {f"{metric}_mismatched": score for metric, score in a_set.scores(each).items()}
+    return scores
 
 
 def selecting(task, scores):
@@ -615,9 +659,10 @@ def collate(examples, pad_id):
     """A batch, padded to the longest example: tokens, allowed, starts (B, T); label (B,); span (B, 2)"""
     batch = {}
     for name in examples[0]:
-        rows, padding = [torch.as_tensor(e[name]) for e in examples], pad_id if name == "tokens" else 0
-        batch[name] = nn.utils.rnn.pad_sequence(rows, True, padding) if rows[0].dim() else torch.stack(rows)
-    return {name: rows.numpy() for name, rows in batch.items()}
+        values, padding = [torch.as_tensor(e[name]) for e in examples], pad_id if name == "tokens" else 0
+        padded = nn.utils.rnn.pad_sequence(values, True, padding) if values[0].dim() else torch.stack(values)
+        batch[name] = padded.numpy()
+    return batch
 
 
 class Model(nn.Module):
@@ -640,12 +685,13 @@ class Model(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, tokens, allowed=None):
-        """tokens (B, T) -> logits (B, classes), or of scores (B, 1), the share of the range from low to high.
+        """tokens (B, T) -> logits (B, classes), or scores (B, 1), scaled so that low to high is 0 to 1.
 
         SQuAD: with allowed (B, T), as in SquadSet -> (B, T, 2), -inf where no answer is allowed.
         """
         if self.finds_spans:
-            assert allowed is not None, "SQuAD: call model(tokens, allowed), both as in SquadSet's examples"
+            if allowed is None:
+                raise ValueError("SQuAD: call model(tokens, allowed), both as in SquadSet's examples.")
             logits = self.out(self.encoder(tokens)).float()
             return logits.masked_fill(~allowed[..., None], -math.inf)
         x = self.encoder(tokens, positions=torch.zeros_like(tokens[:, :1]))[:, 0]  # (B, D)
@@ -667,14 +713,18 @@ def load_finetuned(path, device="cpu"):
     saved = read_checkpoint(path)
     if "task" not in saved:
         raise InputError(f"{path} is not fine-tuned: give a best.pt or last.pt of finetune.py.")
-    tokenizer = Tokenizer.from_state(saved["tokenizer"], path)
+    tokenizer, task = Tokenizer.from_state(saved["tokenizer"], path), saved["task"]
     try:
-        model = Model(saved["task"], Config(**saved["config"]), saved["settings"]["dropout"])
+        names = [task["name"]]
+        if "labels" in task:
+            names += task["texts"] + task["labels"] + [task["label"]]
+        "".join(names)  # raises TypeError if one is no text
+        model = Model(task, Config(**saved["config"]), saved["settings"]["dropout"])
         model.load_state_dict(saved["model"])
-        tokenizer.max_len = saved["settings"]["max_len"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit finetune.py: {' '.join(str(error).split()):.300}.") from None
-    return model.to(device).requires_grad_(False).eval(), tokenizer, saved["task"]
+        tokenizer.max_len = int(saved["settings"]["max_len"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged, or not made by this version ({error!r:.200}).") from None
+    return model.to(device).requires_grad_(False).eval(), tokenizer, task
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -701,119 +751,132 @@ def predict_set(model, a_set, autocast, batch_size=EVAL_BATCH):
     return a_set.decode(outputs)
 
 
-def line(first, epoch, step, loss, scores, last=""):
-    """A line of the table on the console; scores: name of metric -> number, or its title"""
-    cells = [f"{value if isinstance(value, str) else f'{value:.4f}':>{max(len(name), 8)}}"
-             for name, value in scores.items() if "threshold" not in name]
-    return f"  {first:10}{epoch:>6}{step:>15}{loss:>8}  {'  '.join(cells)}  {last}".rstrip()
+def show(scores):
+    """Scores in words, for a line on the console"""
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if "threshold" not in name)
 
 
-def fine_tune(task, args, start, sets, seed, device, autocast):
-    """One run -> (record for result.json, states by file, the best one's predictions for dev and test)"""
-    began, examples = time.monotonic(), sets["train"][0].examples
+def start_model(task, args, start, seed):
+    """The pretrained Transformer with a new head"""
     torch.manual_seed(seed)
     model = Model(task, start.config, args.dropout)
     if start.weights:
         model.encoder.load_state_dict(start.weights)
-    ddp = model.to(device)
-    optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+    return model
+
+
+def fine_tune(task, args, start, sets, seed, device, autocast):
+    """One run -> (best state, last state, the best one's predictions for dev and test)"""
+    examples = sets["train"][0].examples
+    model = start_model(task, args, start, seed).to(device)
+    ddp = model
     if WORLD > 1:
         ddp = nn.parallel.DistributedDataParallel(model, [LOCAL_RANK] if args.device == "cuda" else None)
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+    progress = Progress(f"{task['name']}, seed {seed}", args.max_steps, "steps", 1)
     lengths = np.array([len(example["tokens"]) for example in examples])
     upcoming = (indices for epoch in range(args.epochs)
                 for indices in batches(lengths, args.batch_size, seed, epoch))
-    per_epoch, best, done, training = args.max_steps // args.epochs, None, 0, 0.0
-    progress = Progress(f"{task['name']}, seed {seed}", args.epochs * len(examples), "examples", 1)
-    losses, since = [], time.monotonic()  # since the last validation
-    for step, indices in enumerate(upcoming):
-        mine = indices[RANK::WORLD]  # none, if the batch is smaller than the number of processes
-        batch = collate([examples[i] for i in (mine if len(mine) else indices[:1])], start.config.pad_id)
+    best, losses, steps_per_epoch = None, [], args.max_steps // args.epochs
+    for step, indices in enumerate(upcoming):  # `step` is the number of steps done
+
+        # forward and backward
+        own = indices[RANK::WORLD]  # none, if the batch is smaller than the number of processes
+        batch = collate([examples[i] for i in (own if len(own) else indices[:1])], start.config.pad_id)
         batch = to_device(batch, device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, args)
         seed_dropout(seed, step, RANK, 0)
         ddp.train()
         with autocast:
             logits = ddp(batch["tokens"], batch.get("allowed"))
-        loss = model.losses(logits, batch).sum() * (len(mine) > 0) / len(indices)  # its share of the mean
+        loss = model.losses(logits, batch).sum() / len(indices)  # this process' share of the mean
+        if not len(own):
+            loss = 0 * loss  # DDP still needs a backward pass
         scaler.scale(loss * WORLD).backward()  # DDP takes the mean over processes
+
+        # update
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, args)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         losses.append(loss.detach())
-        done += len(indices)
+
+        # validate and log, twice an epoch
+        done = step + 1
         if RANK == 0:
             progress(done)
-
-        # twice in an epoch: the loss, and the scores on dev
-        step += 1
-        if 2 * step // per_epoch == 2 * (step - 1) // per_epoch:
+        if 2 * done // steps_per_epoch == 2 * step // steps_per_epoch:
             continue
-        mean = sum_over_processes(sum(losses)).item() / len(losses)
-        training += time.monotonic() - since
+        mean, losses = sum_over_processes(sum(losses)).item() / len(losses), []
         if not math.isfinite(mean):
-            raise InputError(f"seed {seed}: the loss is {mean} at step {step}; choose a lower learning_rate.")
-        predicted = [predict_set(model, dev, autocast) for dev in sets["dev"]]
-        last = {"seed": seed, "step": step, "scores": dev_scores(sets["dev"], predicted),
-                "model": {key: value.cpu().clone() for key, value in model.state_dict().items()}}
-        if best is None or selecting(task, last["scores"]) > selecting(task, best["scores"]):
-            best, best_predicted = last, predicted
-        print0(line(f"seed {seed}", f"{step / per_epoch:.2f}", f"{step:,}/{args.max_steps:,}", f"{mean:.4f}",
-                 last["scores"], "best" * (best is last)))
-        losses, since = [], time.monotonic()
-    record = {"seed": seed, "metrics": best["scores"], "best_step": best["step"], "last": last["scores"],
-              "steps": args.max_steps, "seconds": round(time.monotonic() - began, 3),
-              "examples_per_second": round(done / training, 2)}
+            raise InputError(f"seed {seed}: the loss is {mean} at step {done}; choose a lower learning_rate.")
+        scores = dev_scores(sets["dev"], [predict_set(model, dev, autocast) for dev in sets["dev"]])
+        last = {"seed": seed, "step": done, "scores": scores,
+                "model": {name: value.cpu().clone() for name, value in model.state_dict().items()}}
+        is_best = best is None or selecting(task, scores) > selecting(task, best["scores"])
+        best = last if is_best else best
+        print0(f"  seed {seed}  epoch {done / steps_per_epoch:.2f}  step {done:,}/{args.max_steps:,}  "
+               f"loss {mean:.4f}  {show(scores)}{'  best' if is_best else ''}")
+
     model.load_state_dict(best["model"])
-    predicted = best_predicted + [predict_set(model, test, autocast) for test in sets["test"]]
-    return record, {"best.pt": best, "last.pt": last}, predicted
+    predicted = [predict_set(model, a_set, autocast) for a_set in sets["dev"] + sets["test"]]
+    return best, last, predicted
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Results: out_dir/TASK/ and its seedN/
 
 
-def delete_results(folder, name):
-    """Deletes our own files in a folder and in its seedN/. Those of a user stay."""
-    tables = rf"{re.escape(name)}(-mm?)?(\.dev)?\.tsv"  # those of MNLI are MNLI-m and MNLI-mm
-    predictions = rf"predictions/((predictions|null_odds|submission)\.json|{tables})"
-    ours = re.compile(rf"(seed\d+/)?(best\.pt|last\.pt|results?\.json|{predictions})")
-    for path in sorted(folder.rglob("*")):
-        if ours.fullmatch(path.relative_to(folder).as_posix()):
-            path.unlink()
-
-
 def finished_runs(folder, settings):
     """seed -> record of the seeds that have it and a best.pt. Results of other settings are refused."""
-    runs = {}
-    for path in [path for path in folder.glob("seed*/result.json") if path.parent.name[4:].isdecimal()]:
-        record = json.loads(path.read_text())
-        before = record.pop("settings")
+    runs, paths = {}, [path for path in folder.glob("seed*/result.json") if path.parent.name[4:].isdecimal()]
+    for name in ("results.json", "best.pt"):
+        if not paths and (folder / name).exists():
+            raise InputError(f"{folder} holds {name}, but no finished seed: choose another --out_dir.")
+    for path in paths:
+        try:
+            record = json.loads(path.read_bytes())
+            before, seed = record.pop("settings"), record["seed"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # damaged: the seed is run again
         if other := [f"{name} was {before.get(name)} and is {now}" for name, now in settings.items()
                      if before.get(name) != now]:
             raise InputError(f"{path} has results of other settings ({'; '.join(other)}): choose another "
-                             f"--out_dir, or replace them with --overwrite=True.")
+                             f"--out_dir, or remove the folder {folder} first.")
         if path.with_name("best.pt").exists():
-            runs[record["seed"]] = record
+            runs[seed] = record
     return runs
 
 
-def write_summary(folder, task, runs, about):
+def save_run(folder, sets, best, last, predicted, about):
+    """Writes seedN/ -> the content of result.json, which is last: it says that all else is there."""
+    (folder / "predictions").mkdir(parents=True, exist_ok=True)
+    for a_set, each in zip(sets["dev"] + sets["test"], predicted, strict=True):
+        for file, text in a_set.files(each).items():
+            write_file(folder / "predictions" / file, text)
+    write_file(folder / "best.pt", about | best)
+    write_file(folder / "last.pt", about | last)
+    record = {"seed": best["seed"], "metrics": best["scores"], "best_step": best["step"],
+              "last": last["scores"], "steps": last["step"]}
+    write_file(folder / "result.json", json.dumps(record | {"settings": about["settings"]}, indent=1) + "\n")
+    return record
+
+
+def write_summary(folder, task, runs, facts):
     """The best seed's files and results.json, whose content is returned; its metrics are medians."""
     runs = [runs[seed] for seed in sorted(runs)]
     best = folder / f"seed{max(runs, key=lambda run: selecting(task, run['metrics']))['seed']}"
     (folder / "predictions").mkdir(exist_ok=True)
-    for file in (best / "predictions").iterdir():
-        write_file(folder / "predictions" / file.name, file.read_text(encoding="utf-8"))
+    for pattern in (f"{task['name']}*.tsv", "*.json"):  # a desktop may have left files of its own
+        for file in (best / "predictions").glob(pattern):
+            write_file(folder / "predictions" / file.name, file.read_bytes().decode())
     write_file(folder / "best.pt", read_checkpoint(best / "best.pt"))
-    scores = {metric: [run["metrics"][metric] for run in runs] for metric in runs[0]["metrics"]}
     results = {"task": task["name"]}
     for key, summary in (("metrics", np.median), ("minimum", min), ("maximum", max)):
-        results[key] = {metric: float(summary(values)) for metric, values in scores.items()}
-    speed = float(np.median([run["examples_per_second"] for run in runs]))
-    results |= {"seeds": len(runs), **about, "seconds": round(sum(run["seconds"] for run in runs), 3),
-                "examples_per_second": speed, "runs": runs}
+        results[key] = {metric: float(summary([run["metrics"][metric] for run in runs]))
+                        for metric in runs[0]["metrics"]}
+    results |= {"seeds": len(runs), **facts, "runs": runs}
     write_file(folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -823,31 +886,34 @@ def write_summary(folder, task, runs, about):
 
 
 def open_start(args):
-    """What fine-tuning starts from: config, tokenizer, weights of the main Transformer (None: untrained),
-    step, checksum; identity: the checksum, also of an untrained model; shape: what every best.pt repeats."""
-    scratch = args.init_from == "scratch"
-    if args.preset and not scratch:
+    """What fine-tuning starts from: config, tokenizer, weights of the main Transformer, step, checksum."""
+    if args.init_from == "scratch":
+        return open_untrained(args)
+    if args.preset:
         raise InputError("--preset needs --init_from=scratch.")
-    source = Path(args.tokenizer_from if scratch else args.init_from)
-    start = SimpleNamespace(step=0, checksum=None, weights=None, config=None)
-    if scratch and not source.is_file():
-        start.tokenizer = Tokenizer.load(source)
+    path = checkpoint_path(args.init_from)
+    saved = read_checkpoint(path)
+    if "task" in saved:
+        raise InputError(f"{path} is fine-tuned already: use --predict=FILE, or another --init_from.")
+    model, tokenizer = load_checkpoint(path)
+    return SimpleNamespace(config=model.config, tokenizer=tokenizer, weights=model.main.state_dict(),
+                           step=saved["step"], checksum=checksum(path))
+
+
+def open_untrained(args):
+    """The same, without weights: tokenizer and sizes of a checkpoint, or of a corpus and a preset."""
+    path, config = checkpoint_path(args.tokenizer_from), None
+    if path.is_file():
+        model, tokenizer = load_checkpoint(path)
+        config = model.config
     else:
-        saved = read_checkpoint(source)
-        if "task" in saved:
-            raise InputError(f"{source} is fine-tuned already: use --predict=FILE, or another --init_from.")
-        model, start.tokenizer = load_checkpoint(source)
-        start.config = model.config
-    if not scratch:
-        start.step, start.weights = saved["step"], model.main.state_dict()
-        start.checksum = checksum(weights_file(source))
-    elif args.preset or not start.config:
-        ids = {name: getattr(start.tokenizer, name) for name in ("vocab_size", "pad_id", "mask_id")}
-        start.config = Config.from_preset(args.preset or "tiny", **ids)
-    start.shape = {"config": vars(start.config), "tokenizer": start.tokenizer.state()}
-    content = json.dumps([*start.shape.values()], sort_keys=True).encode()
-    start.identity = start.checksum or f"untrained {hashlib.sha256(content).hexdigest()}"
-    return start
+        tokenizer = Tokenizer.load(args.tokenizer_from)
+    if args.preset or not config:
+        ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "pad_id", "mask_id")}
+        config = Config.from_preset(args.preset or "tiny", **ids)
+    content = json.dumps([vars(config), tokenizer.state()], sort_keys=True).encode()
+    return SimpleNamespace(config=config, tokenizer=tokenizer, weights=None, step=0,
+                           checksum=f"untrained {hashlib.sha256(content).hexdigest()}")
 
 
 def settings_of(task, args, config):
@@ -861,72 +927,65 @@ def settings_of(task, args, config):
     return args
 
 
+def report(task, args, start, train, baseline):
+    """Says what a run is about to do."""
+    longest = sum(len(example["tokens"]) == args.max_len for example in train.examples)
+    print0(f"\n{task['name']} from {args.init_from}, step {start.step:,}\n"
+           f"  {args.device}, {args.dtype}, processes {WORLD}\n"
+           f"  {len(train.examples):,} training sequences, {longest:,} of max_len={args.max_len} tokens\n"
+           f"  {', '.join(f'{key} {getattr(args, key):.4g}' for key in DECISIVE[:4])}")
+    if "labels" in task:
+        labels = ", ".join(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
+        print0(f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}\n"
+               f"  baseline on dev (always the most frequent label, or the mean): {show(baseline)}")
+
+
 def run_task(task, args, start, device, autocast):
     """All seeds of one task -> on process 0 the content of results.json."""
-    name, args = task["name"], settings_of(task, args, start.config)
-    folder = Path(args.out_dir, name)
-    sets, identity = read_task(task, args.data_dir, start.tokenizer, args.max_len)
-    settings = {key: getattr(args, key) for key in DECISIVE} | {"model": start.identity, "data": identity}
+    args, folder, results = settings_of(task, args, start.config), Path(args.out_dir, task["name"]), None
+    sets, digest = read_task(task, args.data_dir, start.tokenizer, args.max_len)
     train, dev = sets["train"][0], sets["dev"]
     args.max_steps = math.ceil(len(train.examples) / args.batch_size) * args.epochs
     args.warmup_steps = round(args.warmup_fraction * args.max_steps)
-    baseline = dev_scores(dev, [a_set.constant(train) for a_set in dev])
-    about = {"baseline": baseline, "examples": len(train), "step": start.step, "checksum": start.checksum,
-             "init_from": args.init_from, "settings": settings}
-    longest = sum(len(example["tokens"]) == args.max_len for example in train.examples)
-    print0(f"\n{name} from {args.init_from}, step {start.step:,}")
-    if "labels" in task:
-        labels = ", ".join(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
-        print0(f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}")
-    print0(f"  {len(train.examples):,} training sequences, {longest:,} of max_len={args.max_len} tokens\n"
-        f"  {', '.join(f'{key} {settings[key]:.4g}' for key in DECISIVE[:4])}\n"
-        f"  {args.device}, {args.dtype}, processes {WORLD}\n"
-        f"  baseline: always the most frequent answer of train (its mean score), scored on dev\n\n"
-        + line("", "epoch", "step", "loss", {metric: metric for metric in baseline}) + "\n"
-        + line("baseline", "", "", "", baseline))
+    baseline = dev_scores(dev, [a_set.constant(train) for a_set in dev]) if "labels" in task else None
+    report(task, args, start, train, baseline)
+    settings = {key: getattr(args, key) for key in DECISIVE} | {"model": start.checksum, "data": digest}
+    facts = {"baseline": baseline, "examples": len(train), "step": start.step, "checksum": start.checksum,
+             "init_from": args.init_from, "settings": settings}  # of results.json
+    about = {"config": vars(start.config), "tokenizer": start.tokenizer.state(), "task": task,
+             "settings": settings}  # of best.pt
     with lock(folder) if RANK == 0 else contextlib.nullcontext():
-        if RANK == 0 and args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            delete_results(folder, name)
-        runs, results = finished_runs(folder, settings) if RANK == 0 else None, None
-        theirs, runs = gather_objects((settings, runs))[0]
-        if theirs != settings:
+        if any(each != settings for each in gather_objects(settings)):
             raise InputError("all processes need the same data and checkpoint: their checksums differ.")
+        runs = gather_objects(finished_runs(folder, settings) if RANK == 0 else None)[0]
         for seed in range(args.seed, args.seed + args.seeds):
             if seed in runs:
-                print0(line(f"seed {seed}", "", "finished before", "", runs[seed]["metrics"]))
+                print0(f"  seed {seed}  finished before  {show(runs[seed]['metrics'])}")
                 continue
-            runs[seed], states, predicted = fine_tune(task, args, start, sets, seed, device, autocast)
+            best, last, predicted = fine_tune(task, args, start, sets, seed, device, autocast)
             if RANK == 0:
-                place = folder / f"seed{seed}"
-                (place / "predictions").mkdir(parents=True, exist_ok=True)
-                for a_set, each in zip(dev + sets["test"], predicted, strict=True):
-                    for file, text in a_set.files(each).items():
-                        write_file(place / "predictions" / file, text)
-                for file, state in states.items():
-                    write_file(place / file, start.shape | {"task": task, "settings": settings} | state)
-                record = json.dumps(runs[seed] | {"settings": settings}, indent=1)
-                write_file(place / "result.json", record + "\n")
-                results = write_summary(folder, task, runs, about)
-            if selecting(task, runs[seed]["metrics"]) <= selecting(task, baseline) + 1e-9:
-                print0(f"warning: {name}, seed {seed} is not better than the baseline: it learned nothing that\n"
-                    f"  shows. Try a larger --learning_rate or more --epochs; small models want both.")
+                runs[seed] = save_run(folder / f"seed{seed}", sets, best, last, predicted, about)
+                results = write_summary(folder, task, runs, facts)
+            if baseline and selecting(task, best["scores"]) <= selecting(task, baseline) + 1e-9:
+                print0(f"warning: {task['name']}, seed {seed} is not better than the baseline. Try a larger "
+                       f"--learning_rate or more --epochs; small models want both.")
         if RANK == 0:
-            results = results or write_summary(folder, task, runs, about)  # a kill may have come before it
-            for key in ("metrics", "minimum", "maximum") if len(runs) > 1 else ():
-                print0(line(key.replace("metrics", "median"), "", f"{len(runs)} seeds", "", results[key]))
+            results = results or write_summary(folder, task, runs, facts)  # a kill may have come before it
+            if len(runs) > 1:
+                print0(f"  median of {len(runs)} seeds  {show(results['metrics'])}\n"
+                       f"  minimum  {show(results['minimum'])}\n  maximum  {show(results['maximum'])}")
             print0(f"  {folder} has the results; the best state was chosen by its score on dev")
     return results
 
 
 def average(results):
     """The last line of task=GLUE: each task's selecting score, of its medians, and their mean."""
-    last = {"task": "GLUE", "seeds": min(result["seeds"] for result in results),
-            **{key: results[-1][key] for key in ("step", "checksum", "init_from")}}
+    last = {"task": "GLUE", "seeds": min(result["seeds"] for result in results)}
+    last |= {key: results[-1][key] for key in ("step", "checksum", "init_from")}
     for key in ("metrics", "baseline"):
-        each = {result["task"]: selecting(TASKS[result["task"]], result[key]) for result in results}
-        last[key] = {"average": float(np.mean(list(each.values()))), **each}
-    last |= {key: sum(result[key] for result in results) for key in ("examples", "seconds")}
-    return last | {"examples_per_second": float(np.median([r["examples_per_second"] for r in results]))}
+        scores = {result["task"]: selecting(TASKS[result["task"]], result[key]) for result in results}
+        last[key] = {"average": float(np.mean(list(scores.values()))), **scores}
+    return last
 
 
 def fine_tune_all(args, device, autocast):

@@ -24,7 +24,6 @@ N sequences of all processes together.
 """
 
 import math
-import re
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -41,8 +40,8 @@ from torch.utils.checkpoint import checkpoint
 class Config:
     """All that decides what the model is and what it learns; stored in every checkpoint.
 
-    Without a preset, the sizes are those of base. A value that a type or RANGES does not allow, and a setting
-    that has no effect beside another one, raises ValueError.
+    Without a preset, the sizes are those of base. A value that its type or RANGES does not allow raises
+    ValueError, and so does a setting that has no effect beside another one.
     """
 
     vocab_size: int
@@ -81,34 +80,12 @@ class Config:
     auxiliary_dropout: float = 0.0  # above 0: samples from a second pass, without dropout
 
     def __post_init__(self):
-        c = self
-        c.pad_id = c.vocab_size - 4 if c.pad_id is None else c.pad_id
-        c.mask_id = c.vocab_size - 1 if c.mask_id is None else c.mask_id
-        c.auxiliary_width = c.auxiliary_width or c.width
-        for field in fields(c):
-            value, choices = getattr(c, field.name), get_args(field.type)
-            if choices and value not in choices:
-                raise ValueError(f"{field.name}={value!r} has to be one of {', '.join(map(str, choices))}.")
-            low, high = RANGES.get(field.name, (0, math.inf))
-            if field.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(f"{field.name}={value} has to be finite, and from {low} to {high}.")
-        mixes = c.token_task == "clm" and c.copy_mechanism  # in all_token_mlm the LM loss trains that head
-        for name, has_effect in {"corruption": c.token_task != "mlm", "copy_mechanism": c.token_task == "clm",
-                                 "lm_loss": mixes, "stop_gradient": mixes}.items():
-            if not has_effect and getattr(c, name) != getattr(Config, name):
-                raise ValueError(f"{name}={getattr(c, name)} has no effect with token_task={c.token_task}, "
-                                 f"copy_mechanism={c.copy_mechanism}.")
-        for wrong, problem in (
-            (not 0 <= c.pad_id < c.vocab_size, f"pad_id={c.pad_id} is not in the vocabulary"),
-            (not 0 <= c.mask_id < c.vocab_size, f"mask_id={c.mask_id} is not in the vocabulary"),
-            (c.width % c.heads, f"width={c.width} is not a multiple of heads={c.heads}"),
-            (c.auxiliary_width > c.width, f"auxiliary_width={c.auxiliary_width} is above width={c.width}"),
-            (c.relative_bins % 4, f"relative_bins={c.relative_bins} is not a multiple of 4"),
-            (c.max_distance <= c.relative_bins // 4 + 1, f"max_distance={c.max_distance} is too small"),
-            (not c.masked or not c.crop_len, f"max_len={c.max_len} is too short to mask and to crop"),
-        ):
-            if wrong:
-                raise ValueError(problem + ".")
+        if self.pad_id is None:
+            self.pad_id = self.vocab_size - 4
+        if self.mask_id is None:
+            self.mask_id = self.vocab_size - 1
+        self.auxiliary_width = self.auxiliary_width or self.width
+        check_config(self)
 
     @classmethod
     def from_preset(cls, preset, **changes):
@@ -125,13 +102,11 @@ class Config:
         """Tokens of the crop, without its own [CLS]."""
         return round(self.crop * (self.max_len - 1))
 
+    @property
+    def has_auxiliary(self):
+        """Whether an auxiliary Transformer corrupts the text."""
+        return self.token_task != "mlm" and self.corruption != "random"
 
-RANGES = {  # a number is finite and not negative; these have a tighter range, both ends included
-    **dict.fromkeys(("layers", "width", "heads", "ffn_width", "auxiliary_layers"), (1, 2**22)),
-    "vocab_size": (8, 2**31 - 1), "max_len": (8, 2**20), "relative_bins": (8, 4096),
-    "max_distance": (4, 2**20), "dropout": (0, 0.9), "auxiliary_dropout": (0, 0.9), "mask_fraction": (0.01, 0.4),
-    "crop": (0.01, 1), "temperature": (1e-3, math.inf),
-}
 
 PRESETS = {  # what differs from Config's sizes, which are those of base
     # [ours] learns something in minutes on two CPU cores, thanks to relative_init="local"
@@ -143,6 +118,42 @@ PRESETS = {  # what differs from Config's sizes, which are those of base
     "large++": dict(layers=24, width=1024, heads=16, ffn_width=4096, auxiliary_layers=6, relative_bins=128,
                     max_distance=256),  # [paper, model]
 }
+
+
+RANGES = {  # a number is finite and not negative; these have a tighter range, both ends included
+    **dict.fromkeys(("layers", "width", "heads", "ffn_width", "auxiliary_layers"), (1, 2**22)),
+    "vocab_size": (8, 2**31 - 1), "max_len": (8, 2**20), "relative_bins": (8, 4096),
+    "max_distance": (4, 2**20), "dropout": (0, 0.9), "auxiliary_dropout": (0, 0.9), "mask_fraction": (0.01, 0.4),
+    "crop": (0.01, 1), "temperature": (1e-3, math.inf),
+}
+
+
+def check_config(c):
+    """Raises ValueError if a value is not allowed, or if two do not go together."""
+    for field in fields(c):
+        value, choices = getattr(c, field.name), get_args(field.type)
+        if choices and value not in choices:
+            raise ValueError(f"{field.name}={value!r} has to be one of {', '.join(map(str, choices))}.")
+        low, high = RANGES.get(field.name, (0, math.inf))
+        if field.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{field.name}={value} has to be finite and from {low} to {high}.")
+    mixes = c.token_task == "clm" and c.copy_mechanism  # in all_token_mlm the LM loss trains the copy head
+    for name, has_effect in {"corruption": c.token_task != "mlm", "copy_mechanism": c.token_task == "clm",
+                             "lm_loss": mixes, "stop_gradient": mixes}.items():
+        if not has_effect and getattr(c, name) != getattr(Config, name):
+            raise ValueError(f"{name}={getattr(c, name)} has no effect with token_task={c.token_task}, "
+                             f"copy_mechanism={c.copy_mechanism}.")
+    for wrong, problem in (
+        (c.pad_id >= c.vocab_size, f"pad_id={c.pad_id} is not in the vocabulary"),
+        (c.mask_id >= c.vocab_size, f"mask_id={c.mask_id} is not in the vocabulary"),
+        (c.width % c.heads, f"width={c.width} is not a multiple of heads={c.heads}"),
+        (c.auxiliary_width > c.width, f"auxiliary_width={c.auxiliary_width} is above width={c.width}"),
+        (c.relative_bins % 4, f"relative_bins={c.relative_bins} is not a multiple of 4"),
+        (c.max_distance <= c.relative_bins // 4 + 1, f"max_distance={c.max_distance} is too small"),
+        (not c.masked or not c.crop_len, f"max_len={c.max_len} is too short to mask and to crop"),
+    ):
+        if wrong:
+            raise ValueError(problem + ".")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,12 +208,13 @@ def drop(x, dropout):
 
 
 def attention(q, k, v, bias, dropout):
-    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, Q, d), k and v (B, H, T, d), bias (B, H, Q, T).
+    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, Q, d), k and v (B, H, T, d), bias (B or 1, H, Q, >= T).
 
     CUDA's fused kernels take the bias, in the type of q, and the dropout. On the CPU both send
-    scaled_dot_product_attention to its slow path, so there it is written out.
+    scaled_dot_product_attention to its slow path, so there it is written out, with a bias (B, H, Q, T).
     """
     if q.device.type != "cpu":
+        bias = bias[..., : k.shape[2]]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     B, H, Q, d = q.shape
     q, k, v, bias = (x.reshape(B * H, *x.shape[2:]) for x in (q, k, v, bias))
@@ -229,14 +241,10 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, x, bias, dropout, positions=None):
-        """x (B, T, D), bias (B, H, T, T) -> (B, T, D); with positions (B, K), bias (B, H, K, T) -> (B, K, D)"""
-        D = x.shape[-1]
-        if positions is None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-        else:  # keys and values of all positions, queries of a few
-            k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
-            x = at_positions(x, positions)
-            q = F.linear(x, self.qkv.weight[:D], self.qkv.bias[:D])
+        """x (B, T, D), bias (B, H, T, T) -> (B, T, D); at positions (B, K) with bias (B, H, K, T) -> (B, K, D)"""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
+        if positions is not None:  # queries of a few positions; keys and values of all
+            q, x = at_positions(q, positions), at_positions(x, positions)  # (B, K, D)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, d)
         y = attention(q, k, v, bias, dropout).transpose(1, 2).flatten(2)  # (B, T, D)
         x = self.attention_norm(x + drop(self.attention_out(y), dropout))
@@ -259,8 +267,9 @@ class Embeddings(nn.Module):
     def forward(self, tokens):
         """(B, T) -> (B, T, D)"""
         T, longest = tokens.shape[1], self.positions.num_embeddings
-        assert T <= longest, f"a sequence of {T} tokens is longer than the model's {longest} positions"
-        return self.norm(self.tokens(tokens) + self.positions.weight[:T])
+        if T > longest:
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's {longest} positions")
+        return self.norm(self.tokens(tokens) + self.positions(torch.arange(T, device=tokens.device)))
 
 
 class Encoder(nn.Module):
@@ -277,37 +286,39 @@ class Encoder(nn.Module):
         self.narrow = nn.Linear(config.width, width) if width != config.width else nn.Identity()
         ffn_width = round(config.ffn_width * scale)
         self.layers = nn.ModuleList(Layer(width, heads, ffn_width) for _ in range(layers))
-        self.heads = heads
+        self.heads, self.relative = heads, None
+        self.columns = config.max_len + 8 - config.max_len % 8  # W
         if config.relative_positions:
             self.relative = nn.Embedding(config.relative_bins, heads)  # one table for all layers
-            position = torch.arange(config.max_len)
-            distance = position[None, :] - position[:, None]  # (T, T) key - query
+            place = torch.arange(self.columns)
+            distance = place[None, :] - place[:, None]  # (W, W) key - query
             bucket = relative_position_bucket(distance, config.relative_bins, config.max_distance)
-            self.register_buffer("bucket", bucket, persistent=False)  # (T, T)
-        else:
-            self.relative = None
+            self.register_buffer("bucket", bucket, persistent=False)  # (W, W)
 
-    def bias(self, padding):
-        """What is added to the attention logits: relative positions, and -inf at padding keys. (B, H, T, T)
+    def bias(self, tokens, padding):
+        """What is added to the attention logits of tokens (B, T): relative positions, (1, H, T, W).
 
-        In the type that attention computes in, and with rows that start at multiples of 8 elements: CUDA's
-        fused kernels want both, and would make a copy in every layer otherwise.
+        With padding (B, T) it is (B, H, T, W), -inf at padding keys. CUDA's fused kernels want the bias in the
+        type that attention computes in, and its rows at multiples of 8 elements; otherwise they copy it in
+        every layer. So W is the next such multiple above max_len; the columns behind T are not used.
         """
-        B, T = padding.shape
+        T = tokens.shape[1]
         if self.relative is None:
-            bias = torch.zeros(1, self.heads, T, T, device=padding.device)
+            bias = self.embeddings.positions.weight.new_zeros(1, self.heads, T, self.columns)
         else:
-            bias = self.relative(self.bucket[:T, :T]).permute(2, 0, 1)[None]  # (1, H, T, T)
-        if torch.is_autocast_enabled(padding.device.type):
-            bias = bias.to(torch.get_autocast_dtype(padding.device.type))
-        padding = F.pad(padding, (0, -T % 8))[:, None, None, :]
-        return F.pad(bias, (0, -T % 8)).masked_fill(padding, -math.inf)[..., :T]
+            bias = self.relative(self.bucket[:T]).permute(2, 0, 1)[None].contiguous()  # (1, H, T, W)
+        if torch.is_autocast_enabled(tokens.device.type):
+            bias = bias.to(torch.get_autocast_dtype(tokens.device.type))
+        if padding is False:
+            return bias
+        padding = padding & ~padding.all(1, keepdim=True)  # no NaN from a row of nothing but padding
+        padding = F.pad(padding, (0, self.columns - T))[:, None, None, :]
+        return bias.masked_fill(padding, -math.inf)
 
     def forward(self, tokens, padding=None, positions=None, dropout=None):
         """Hidden states (B, T, D) of tokens (B, T).
 
-        padding: (B, T), True where there is no token; default: at [PAD]. Corrupted text needs the padding of
-            the original text, since the auxiliary may well sample [PAD].
+        padding: (B, T), True where there is no token; False: nowhere; default: at [PAD].
         positions: (B, K), if the output is wanted only there: (B, K, D). The last layer skips the rest.
         dropout: the rate; default: the model's in training, 0 in evaluation.
         """
@@ -316,15 +327,17 @@ class Encoder(nn.Module):
         if dropout is None:
             dropout = self.dropout if self.training else 0.0
         x = self.narrow(drop(self.embeddings(tokens), dropout))
-        bias = self.bias(padding)
+        bias = self.bias(tokens, padding)
+        if tokens.device.type == "cpu":  # once for all layers: the CPU's attention cannot broadcast
+            bias = bias[..., : tokens.shape[1]].expand(tokens.shape[0], -1, -1, -1).contiguous()  # (B, H, T, T)
         for layer in self.layers[:-1]:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, bias, dropout, use_reentrant=False)
             else:
                 x = layer(x, bias, dropout)
         if positions is not None:
-            index = positions[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
-            bias = bias.gather(2, index)  # (B, H, K, T)
+            index = positions[:, None, :, None].expand(-1, self.heads, -1, bias.shape[3])
+            bias = bias.expand(tokens.shape[0], -1, -1, -1).gather(2, index)  # (B, H, K, W)
         return self.layers[-1](x, bias, dropout, positions)
 
 
@@ -416,11 +429,11 @@ def scl_loss(cosine, temperature):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Statistics that tell whether it works. Each is a pair (sum, count), so that batches and processes add up.
+# Statistics that tell whether it works. Each is (sum, count), so that batches and processes add up.
 
 
-def pair(values, where=None):
-    """Sum and count of the values where `where` is true (everywhere if None), (2,) in float32."""
+def sum_and_count(values, where=None):
+    """Sum and count of the values where `where` is true (everywhere if None): (2,), float32"""
     where = torch.ones_like(values, dtype=torch.float32) if where is None else where.float()
     return torch.stack([(values.float() * where).sum(), where.sum()])
 
@@ -438,9 +451,9 @@ def scl_statistics(cosine):
     kernel = torch.exp(4 * cosine - 4).masked_fill(itself, 0.0)
     means = torch.stack([kernel[:N, :N].sum(), kernel[N:, N:].sum()]) / max(N * (N - 1), 1)
     return {
-        "scl_accuracy": pair(cosine.masked_fill(itself, -math.inf).argmax(-1) == twin),
-        "alignment": pair(2 - 2 * cosine.gather(1, twin[:, None])),
-        "uniformity": pair(means.clamp(min=1e-9).log().mean(), torch.full((), N > 1, device=cosine.device)),
+        "scl_accuracy": sum_and_count(cosine.masked_fill(itself, -math.inf).argmax(-1) == twin),
+        "alignment": sum_and_count(2 - 2 * cosine.gather(1, twin[:, None])),
+        "uniformity": torch.stack([means.clamp(min=1e-9).log().mean(), means.new_tensor(1.0)]) * (N > 1),
     }
 
 
@@ -452,6 +465,29 @@ def mean_cosine(pooled):
     return torch.stack([unit.sum(0).square().sum() - N, torch.full((), N * (N - 1.0), device=unit.device)])
 
 
+@torch.no_grad()
+def statistics(batch, outputs, gather=None):
+    """The statistics, name -> (sum, count), of what COCOLM.forward returned for a batch."""
+    tokens, corrupted = batch["tokens"], outputs["corrupted"]  # (B, T)
+    originals, same = tokens.gather(1, batch["masked"]), corrupted == tokens  # (B, K), (B, T)
+    found = {}
+    if "mlm_tokens" in outputs:
+        found["mlm_accuracy"] = sum_and_count(outputs["mlm_tokens"] == originals)
+    if "copy_logits" in outputs:
+        says_original = outputs["copy_logits"] > 0
+        found["replaced_fraction"] = sum_and_count(~same)
+        found["copy_accuracy_original"] = sum_and_count(says_original, same)
+        found["copy_accuracy_replaced"] = sum_and_count(~says_original, ~same)
+    if "lm_tokens" in outputs:
+        replaced = ~same.gather(1, batch["masked"])  # (B, K)
+        found["lm_accuracy_replaced"] = sum_and_count(outputs["lm_tokens"] == originals, replaced)
+    pooled = outputs["pooled"][None]  # (1, B, D)
+    found["mean_cosine"] = mean_cosine((pooled if gather is None else gather(pooled))[0])
+    if "scl_vectors" in outputs:
+        found.update(scl_statistics(cosines(*outputs["scl_vectors"])))
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------
 # COCO-LM
 
@@ -460,9 +496,9 @@ class COCOLM(nn.Module):
     """The auxiliary and the main Transformer with their heads. Only what the configuration uses is built.
 
     >>> model = COCOLM(Config.from_preset("tiny", vocab_size=8192))
-    >>> hidden = model.main(tokens)                         # (B, T) -> (B, T, D)
-    >>> vectors = model.embed(tokens)                       # (B, T) -> (B, D), of length 1
-    >>> losses, statistics, predictions = model(batch)      # one pretraining step's losses
+    >>> hidden = model.main(tokens)               # (B, T) -> (B, T, D)
+    >>> vectors = model.embed(tokens)             # (B, T) -> (B, D), of length 1
+    >>> losses, outputs = model(batch)            # one pretraining step
     """
 
     def __init__(self, config):
@@ -470,7 +506,7 @@ class COCOLM(nn.Module):
         self.config = c = config
         embeddings = Embeddings(c)
         self.main = Encoder(c, embeddings, c.layers, c.width, c.dropout)
-        if c.token_task != "mlm" and c.corruption != "random":
+        if c.has_auxiliary:
             self.auxiliary = Auxiliary(c, Embeddings(c) if c.corruption == "frozen" else embeddings)
         if c.token_task != "mlm":
             self.copy_head = nn.Linear(c.width, 1)
@@ -501,151 +537,168 @@ class COCOLM(nn.Module):
             self.auxiliary.eval()
         return self
 
+    def copy_logits(self, hidden):
+        """The copy head: the logit of p_copy.  (B, T, D) -> (B, T), float32"""
+        return self.copy_head(hidden)[..., 0].float()
+
     def lm_logits(self, hidden):
-        """The main model's LM head: E h + b.  (..., D) -> (..., V)"""
+        """The LM head: E h + b.  (..., D) -> (..., V)"""
         return F.linear(hidden, self.main.embeddings.tokens.weight, self.lm_bias)
+
+    def corrupt(self, tokens, masked, uniforms):
+        """X^MLM: at the masked positions of the original text stands what the auxiliary samples. [paper]
+
+        -> X^MLM (B, T); L_MLM (); the auxiliary's best guesses (B, K)
+        """
+        c = self.config
+        masked_tokens = tokens.scatter(1, masked, c.mask_id)  # (B, T)
+        hidden = self.auxiliary(masked_tokens, padding=False, positions=masked)  # (B, K, D)
+        logits = self.auxiliary.logits(hidden)  # (B, K, V)
+        loss = mlm_loss(logits, tokens.gather(1, masked)).mean()
+        with torch.no_grad():  # no gradient flows back through the choice of a token
+            if self.auxiliary.training and c.auxiliary_dropout > 0:  # an ablation: samples without dropout
+                hidden = self.auxiliary(masked_tokens, padding=False, positions=masked, dropout=0.0)
+                logits = self.auxiliary.logits(hidden)
+            sampled = sample(logits, uniforms)  # (B, K)
+        return tokens.scatter(1, masked, sampled), loss, logits.detach().argmax(-1)
+
+    def corrective_lm_loss(self, lm_logits, copy_logits, originals, same):
+        """L_LM at the masked positions; it does not train the copy head. [paper]  (B, K, V), 3 x (B, K) -> ()"""
+        c = self.config
+        if c.stop_gradient:
+            copy_logits = copy_logits.detach()
+        if c.copy_mechanism and c.lm_loss == "mixture":
+            losses = lm_loss_mixture(lm_logits, copy_logits, originals, same)
+        elif c.copy_mechanism:
+            losses = lm_loss_weighted(lm_logits, copy_logits, originals)
+        else:
+            losses = mlm_loss(lm_logits, originals)
+        return losses.mean()
+
+    def forward(self, batch, gather=None):
+        """The losses of one pretraining step. [paper] A batch is
+
+            tokens    (B, T)  the original text, [CLS] first; packed, so there is no padding
+            masked    (B, K)  positions that are masked
+            uniforms  (B, K)  in [0, 1): the randomness of the auxiliary's sampling
+            crop      (B, C)  [CLS] and a contiguous part of the original
+
+        gather: a function from a process' sequence vectors (2, B, D) to those of all processes, (2, N, D).
+        -> losses: `loss`, which is trained, and its terms `mlm_loss`, `copy_loss`, `lm_loss`, `scl_loss`: ().
+           outputs, without gradient: `corrupted` and `copy_logits` (B, T); the best guesses `mlm_tokens` and
+           `lm_tokens` (B, K); `pooled` (B, D), the mean hidden states; `scl_vectors` (2, N, D).
+        """
+        if not isinstance(batch, dict):
+            raise TypeError("a batch is a dict; for token ids call model.embed or model.main")
+        c, tokens, masked = self.config, batch["tokens"], batch["masked"]
+        losses, outputs, copy_logits, lm_logits = {}, {}, None, None
+
+        # the auxiliary Transformer corrupts the text
+        if c.has_auxiliary:
+            corrupted, losses["mlm_loss"], outputs["mlm_tokens"] = self.corrupt(tokens, masked, batch["uniforms"])
+        else:
+            corrupted = self.corrupt_without_auxiliary(tokens, masked, batch["uniforms"])
+
+        # the main Transformer reads the corrupted text
+        hidden = self.main(corrupted, padding=False)  # (B, T, D)
+
+        # corrective language modelling: is a token the original one, and which was it at a masked position?
+        if c.token_task == "clm":
+            same, originals = corrupted == tokens, tokens.gather(1, masked)  # (B, T), (B, K)
+            copy_logits = self.copy_logits(hidden)  # (B, T)
+            losses["copy_loss"] = copy_loss(copy_logits, same).mean()
+            lm_logits = self.lm_logits(at_positions(hidden, masked))  # (B, K, V)
+            losses["lm_loss"] = self.corrective_lm_loss(lm_logits, copy_logits.gather(1, masked), originals,
+                                                        same.gather(1, masked))
+        else:
+            copy_logits, lm_logits = self.other_token_task(hidden, corrupted, tokens, masked, losses)
+
+        # sequence contrastive learning: the crop goes through the main Transformer, for its [CLS] alone
+        if c.contrastive:
+            crop_hidden = self.main(batch["crop"], padding=False, positions=torch.zeros_like(masked[:, :1]))
+            vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])]).float()
+            if gather is not None and c.gather_negatives:
+                vectors = gather(vectors)  # (2, N, D)
+            losses["scl_loss"] = scl_loss(cosines(*vectors), c.temperature)
+            outputs["scl_vectors"] = vectors.detach()
+
+        weights = {"mlm_loss": 0.0 if c.corruption == "frozen" else 1.0, "copy_loss": c.lambda_copy,
+                   "lm_loss": 1.0, "scl_loss": c.lambda_scl}
+        losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
+
+        outputs |= {"corrupted": corrupted, "pooled": hidden.detach().float().mean(1)}
+        if copy_logits is not None:
+            outputs["copy_logits"] = copy_logits.detach()
+        if lm_logits is not None:
+            outputs["lm_tokens"] = lm_logits.detach().argmax(-1)
+        return losses, outputs
+
+    # ablations [paper]
+
+    def corrupt_without_auxiliary(self, tokens, masked, uniforms):
+        """The masked text X' for plain MLM, or random tokens at the masked positions.  -> (B, T)"""
+        c = self.config
+        if c.token_task == "mlm":
+            return tokens.scatter(1, masked, c.mask_id)
+        return tokens.scatter(1, masked, (uniforms * c.vocab_size).long().clamp(max=c.vocab_size - 1))
+
+    def other_token_task(self, hidden, corrupted, tokens, masked, losses):
+        """In place of corrective language modelling: ELECTRA's task, BERT's, or all-token MLM.
+
+        Adds to the losses -> copy_logits (B, T), lm_logits (B, K, V); None without that head
+        """
+        copy_logits = lm_logits = None
+        same = corrupted == tokens  # (B, T)
+        if self.config.token_task == "rtd":  # replaced token detection
+            copy_logits = self.copy_logits(hidden)
+            losses["copy_loss"] = copy_loss(copy_logits, same).mean()
+        elif self.config.token_task == "mlm":
+            lm_logits = self.lm_logits(at_positions(hidden, masked))
+            losses["lm_loss"] = mlm_loss(lm_logits, tokens.gather(1, masked)).mean()
+        else:  # all-token MLM: the mixture at every token, whose one loss trains both heads
+            copy_logits, lm_logits = self.copy_logits(hidden), self.lm_logits(hidden)  # (B, T), (B, T, V)
+            losses["lm_loss"] = lm_loss_mixture(lm_logits, copy_logits, tokens, same).mean()
+            lm_logits = at_positions(lm_logits.detach(), masked)  # (B, K, V)
+        return copy_logits, lm_logits
 
     @torch.no_grad()
     def embed(self, tokens, batch_size=64):
         """Vectors of texts: the mean of the main Transformer's hidden states, scaled to length 1.
 
-        tokens (B, T), padded -> (B, D), float32. Sorted by length, so that a batch has little padding. Of
-        [CLS], the SCL head and this mean, the mean was closest to human scores of similarity. [ours]
+        tokens (B, T), padded, as Tokenizer.batch gives them -> (B, D), float32, on the same device. A row of
+        padding alone gives zeros. Rows are sorted by length, so that a batch has little padding. Of [CLS], the
+        SCL head and this mean, the mean was closest to human scores of similarity. [ours]
         """
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError("embed takes token ids (B, T): model.embed(tokenizer.batch(texts))")
+        vectors = torch.zeros(len(tokens), self.config.width, device=tokens.device)
+        if not tokens.numel():
+            return vectors
         place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)  # (T,)
-        lengths = ((tokens != self.config.pad_id) * place).amax(1)  # (B,)
-        vectors = torch.empty(len(tokens), self.config.width)
-        for rows in lengths.argsort().split(batch_size):
-            part = tokens[rows, : lengths[rows].max()].to(self.main.embeddings.tokens.weight.device)
-            hidden = self.main(part, dropout=0.0).float()  # (rows, T, D)
-            counted = (part != self.config.pad_id)[..., None]  # (rows, T, 1)
-            vectors[rows] = F.normalize((hidden * counted).sum(1), dim=-1).to(vectors.device)
+        lengths = ((tokens != self.config.pad_id) * place).amax(1).clamp(min=1)  # (B,)
+        for chosen in lengths.argsort().split(batch_size):
+            part = tokens[chosen, : lengths[chosen].max()].to(self.main.embeddings.tokens.weight.device)
+            hidden = self.main(part, dropout=0.0).float()  # (b, T, D)
+            counted = (part != self.config.pad_id)[..., None]  # (b, T, 1)
+            vectors[chosen] = F.normalize((hidden * counted).sum(1), dim=-1).to(vectors.device)
         return vectors
-
-    def corrupt(self, batch, padding, losses, statistics):
-        """The corrupted text X^MLM (B, T): the masked positions hold what the auxiliary samples."""
-        c, tokens, masked = self.config, batch["tokens"], batch["masked"]
-        originals = tokens.gather(1, masked)  # (B, K)
-        if c.corruption == "random":
-            sampled = (batch["uniforms"] * c.vocab_size).long().clamp(max=c.vocab_size - 1)
-            return tokens.scatter(1, masked, sampled)
-        masked_tokens = tokens.scatter(1, masked, c.mask_id)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and c.corruption != "frozen"):
-            logits = self.auxiliary.logits(self.auxiliary(masked_tokens, padding, masked))  # (B, K, V)
-            losses["mlm_loss"] = mlm_loss(logits, originals).mean()
-        with torch.no_grad():  # no gradient flows back through the choice of a token
-            if self.auxiliary.training and c.auxiliary_dropout > 0:
-                logits = self.auxiliary.logits(self.auxiliary(masked_tokens, padding, masked, dropout=0.0))
-            sampled = sample(logits, batch["uniforms"])
-            if statistics is not None:
-                statistics["mlm_accuracy"] = pair(logits.argmax(-1) == originals)
-        return tokens.scatter(1, masked, sampled)
-
-    def passes(self, batch, with_statistics=True):
-        """All within one process -> losses, statistics, predictions and the SCL vectors (2, B, D) or None."""
-        c, tokens, masked = self.config, batch["tokens"], batch["masked"]
-        losses, statistics, predictions, vectors = {}, {} if with_statistics else None, {}, None
-        padding = tokens == c.pad_id  # (B, T)
-        real = (~padding).float()
-        originals = tokens.gather(1, masked)  # (B, K)
-        if c.token_task == "mlm":
-            corrupted = tokens.scatter(1, masked, c.mask_id)
-        else:
-            corrupted = self.corrupt(batch, padding, losses, statistics)
-        same = corrupted == tokens  # (B, T)
-        same_masked = same.gather(1, masked)  # (B, K)
-        hidden = self.main(corrupted, padding)  # (B, T, D)
-
-        if c.token_task != "mlm":
-            copy_logits = self.copy_head(hidden)[..., 0].float()  # (B, T)
-        if c.token_task in ("clm", "rtd"):
-            losses["copy_loss"] = (copy_loss(copy_logits, same) * real).sum() / real.sum()
-
-        if c.token_task == "all_token_mlm":  # the mixture at every token: its one loss trains both heads
-            lm_logits = self.lm_logits(hidden)  # (B, T, V)
-            each = lm_loss_mixture(lm_logits, copy_logits, tokens, same)  # (B, T)
-            losses["lm_loss"] = (each * real).sum() / real.sum()
-            lm_logits = at_positions(lm_logits.detach(), masked)  # (B, K, V)
-        elif c.token_task != "rtd":
-            lm_logits = self.lm_logits(at_positions(hidden, masked))  # (B, K, V)
-            if c.token_task == "mlm" or not c.copy_mechanism:
-                each = mlm_loss(lm_logits, originals)  # (B, K)
-            else:
-                at_masked = copy_logits.gather(1, masked)  # (B, K)
-                at_masked = at_masked.detach() if c.stop_gradient else at_masked
-                if c.lm_loss == "mixture":
-                    each = lm_loss_mixture(lm_logits, at_masked, originals, same_masked)
-                else:
-                    each = lm_loss_weighted(lm_logits, at_masked, originals)
-            losses["lm_loss"] = each.mean()
-
-        if c.contrastive:  # the crop goes through the main model alone, and only its [CLS] is wanted
-            crop_hidden = self.main(batch["crop"], positions=torch.zeros_like(masked[:, :1]))  # (B, 1, D)
-            vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])]).float()
-
-        if with_statistics:
-            predictions["corrupted"] = corrupted
-            if c.token_task != "mlm":
-                predictions["copy_logits"] = copy_logits.detach()
-                says_original = predictions["copy_logits"] > 0
-                statistics["replaced_fraction"] = pair(~same, real)
-                statistics["copy_accuracy_original"] = pair(says_original, same * real)
-                statistics["copy_accuracy_replaced"] = pair(~says_original, ~same * real)
-            if c.token_task != "rtd":
-                predictions["lm_tokens"] = lm_logits.detach().argmax(-1)  # (B, K)
-                statistics["lm_accuracy_replaced"] = pair(predictions["lm_tokens"] == originals, ~same_masked)
-            total = (hidden.detach().float() * real[..., None]).sum(1)
-            predictions["pooled"] = total / real.sum(1, keepdim=True)  # (B, D)
-        return losses, statistics, predictions, vectors
-
-    def forward(self, batch, gather=None, with_statistics=True):
-        """Losses, statistics and predictions of one batch:
-
-            tokens    (B, T)  the original text, [CLS] first
-            masked    (B, K)  positions that are masked
-            uniforms  (B, K)  in [0, 1): the randomness of the auxiliary's sampling
-            crop      (B, C)  [CLS] and a contiguous part of the original
-
-        gather: a function from a process' sequence vectors (..., B, D) to those of all processes (..., N, D).
-        -> losses: `loss`, which is trained, and its terms `mlm_loss`, `copy_loss`, `lm_loss`, `scl_loss`: ();
-           statistics: name -> (sum, count); predictions: `corrupted` and `copy_logits` (B, T), `lm_tokens`
-           (B, K), `pooled` (B, D), the mean hidden states. Without statistics the last two are empty.
-        """
-        c = self.config
-        assert isinstance(batch, dict), "a batch is a dict; for token ids call model.embed or model.main"
-        losses, statistics, predictions, vectors = self.passes(batch, with_statistics)
-        if with_statistics:
-            pooled = predictions["pooled"][None]
-            statistics["mean_cosine"] = mean_cosine((pooled if gather is None else gather(pooled))[0])
-        if vectors is not None:
-            if gather is not None and c.gather_negatives:
-                vectors = gather(vectors)
-            cosine = cosines(*vectors)
-            losses["scl_loss"] = scl_loss(cosine, c.temperature)
-            if with_statistics:
-                statistics.update(scl_statistics(cosine.detach()))
-        weights = {"mlm_loss": 0.0 if c.corruption == "frozen" else 1.0, "copy_loss": c.lambda_copy,
-                   "lm_loss": 1.0, "scl_loss": c.lambda_scl}
-        losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
-        return losses, statistics, predictions
 
 
 def flops(c):
     """Floating-point operations of training on one sequence: all matrix products of both Transformers, of the
     crop's pass and of the heads, forward and backward. The 2N x 2N cosines are left out.
 
-    Counts what is needed: the last layer only where it is read, and nothing for recomputing. A product of
-    (n, k) and (k, m) is 2 n k m operations; the backward pass takes twice the forward's.
+    Nothing is counted for recomputing, and behind its keys, queries and values the last layer only where it is
+    read. A product of (n, k) and (k, m) is 2 n k m operations; the backward pass takes twice the forward's.
 
-    >>> flops(Config.from_preset("base", vocab_size=32768)) / 1e9     # of 512 tokens: 632.8
+    >>> flops(Config.from_preset("base", vocab_size=32768)) / 1e9     # of 512 tokens: 636.0
     """
-    def encoder(layers, width, T, rows):
-        """Multiply-adds of a pass over T tokens whose last layer is wanted at `rows` of them."""
-        ffn_width = round(c.ffn_width * width / c.width)
-        keys_values = 2 * width * width
-        rest = width * (2 * width + 2 * ffn_width + 2 * T)  # of a token: q, output, feed-forward, attention
-        narrow = T * width * c.width * (width != c.width)
-        return layers * T * keys_values + ((layers - 1) * T + rows) * rest + narrow
+    def encoder(layers, width, T, read):
+        """Multiply-adds of a pass over T tokens whose last layer is read at some of them."""
+        qkv = 3 * width * width
+        rest = width * (width + 2 * round(c.ffn_width * width / c.width) + 2 * T)  # output, feed-forward, attention
+        narrow = width * c.width if width != c.width else 0
+        return T * (narrow + layers * qkv) + ((layers - 1) * T + read) * rest
 
     T, K, A, vocabulary = c.max_len, c.masked, c.auxiliary_width, c.width * c.vocab_size
     forward = encoder(c.layers, c.width, T, T)
@@ -656,76 +709,8 @@ def flops(c):
     if c.contrastive:
         forward += encoder(c.layers, c.width, c.crop_len + 1, 1) + 2 * c.width**2
     auxiliary = passes = 0
-    if c.token_task != "mlm" and c.corruption != "random":
-        head = A * A + A * c.width * (A != c.width) + vocabulary
+    if c.has_auxiliary:
+        head = A * A + (A * c.width if A != c.width else 0) + vocabulary
         auxiliary = encoder(c.auxiliary_layers, A, T, K) + K * head
         passes = 1 if c.corruption == "frozen" else 4 if c.auxiliary_dropout else 3
     return 2 * (3 * forward + passes * auxiliary)  # 3: a forward and, as two, a backward pass
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The authors' released weights
-
-RELEASED = [  # their names, as regular expressions, and ours; the Hugging Face port's come last [model]
-    ("^encoder.sentence_encoder", "main"), ("^auxiliary.sentence_encoder", "auxiliary"),
-    ("embed_tokens", "embeddings.tokens"), ("embed_positions", "embeddings.positions"),
-    ("emb_layer_norm", "embeddings.norm"), ("self_attn_layer_norm", "attention_norm"),
-    ("(attention.)?self_attn.in_proj", "qkv"), ("(attention.)?self_attn.out_proj", "attention_out"),
-    ("fc1", "ffn_in"), ("fc2", "ffn_out"), ("final_layer_norm", "ffn_norm"),
-    ("^encoder.binary_head.out_proj", "copy_head"), ("^encoder.lm_head.bias", "lm_bias"),
-    ("^encoder.seq_head.dense", "scl_head.0"), ("^encoder.seq_head.layer_norm", "scl_head.2"),
-    ("^auxiliary.lm_head.dense", "auxiliary.transform.0"),
-    ("^auxiliary.lm_head.layer_norm", "auxiliary.transform.2"),
-    ("^auxiliary.lm_head.bias", "auxiliary.output_bias"),
-    ("^relative_attention_bias", "main.relative"), ("relative_attention_bias", "relative"),
-    ("^embeddings.word_embeddings", "main.embeddings.tokens"),
-    ("^embeddings.position_embeddings", "main.embeddings.positions"),
-    ("^embeddings.LayerNorm", "main.embeddings.norm"), ("^encoder.layer", "main.layers"),
-    ("attention.LayerNorm", "attention_norm"), ("output.LayerNorm", "ffn_norm"),
-    ("intermediate.dense", "ffn_in"), ("output.dense", "ffn_out"),
-    ("^scl_head.dense", "scl_head.0"), ("^scl_head.LayerNorm", "scl_head.2"),
-]
-
-
-def from_release(theirs, settings):
-    """Config of a released model, its weights by our names, and which of them this code cannot keep.
-
-        "encoder.sentence_encoder.layers.0.fc1.weight"  ->  "main.layers.0.ffn_in.weight"
-
-    theirs: name -> tensor; settings: the args of the fairseq code, or config.json of the Hugging Face port.
-    Not kept are tensors of the auxiliary and of the LM heads that differ from the main Transformer's, where
-    this code has one tensor for both. Raises ValueError if it is no COCO-LM.
-    """
-    tokens = re.compile(r"(.*?)(encoder\.sentence_encoder\.embed_tokens|embeddings\.word_embeddings)\.weight")
-    prefixes, weights = [found[1] for found in map(tokens.fullmatch, theirs) if found], {}
-    if not prefixes:
-        raise ValueError("it has no embedding of tokens that COCO-LM would have")
-    for name, tensor in theirs.items():
-        name = name.removeprefix(prefixes[0])
-        for pattern, ours in RELEASED:
-            name = re.sub(pattern, ours, name)
-        weights[name] = tensor
-    try:
-        layers, auxiliary_layers = (len({name.split(".")[2] for name in weights if name.startswith(part)})
-                                    for part in ("main.layers.", "auxiliary.layers."))
-        vocab_size, width = weights["main.embeddings.tokens.weight"].shape
-        c = dict(vocab_size=vocab_size, pad_id=1, mask_id=vocab_size - 1, layers=layers, width=width,
-                 ffn_width=len(weights["main.layers.0.ffn_in.weight"]),
-                 max_len=len(weights["main.embeddings.positions.weight"]),
-                 auxiliary_layers=auxiliary_layers or settings.get("generator_layers") or 4,
-                 relative_positions="main.relative.weight" in weights)
-        if c["relative_positions"]:
-            c["relative_bins"], c["heads"] = weights["main.relative.weight"].shape
-            c["max_distance"] = settings["max_rel_pos"]
-        else:
-            c["heads"] = settings.get("encoder_attention_heads") or settings["num_attention_heads"]
-    except KeyError as error:
-        raise ValueError(f"it lacks {error}") from None
-    stated = settings.get("encoder_layers", settings.get("num_hidden_layers", layers))
-    if stated != layers:
-        raise ValueError(f"it has {layers} layers, but its settings say {stated}")
-    twins = {name: name.replace("auxiliary.", "main.") for name in weights if "auxiliary.embeddings." in name}
-    for head in ("encoder.lm_head.weight", "auxiliary.lm_head.weight"):
-        twins |= {head: "main.embeddings.tokens.weight"} if head in weights else {}
-    differ = [name for name, twin in twins.items() if not torch.equal(weights[name], weights[twin])]
-    return Config(**c), {name: w for name, w in weights.items() if "lm_head.weight" not in name}, differ

@@ -18,6 +18,7 @@ import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -33,14 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import InputError, Parser, Sequences, Tokenizer, batches, run_command
-from model import COCOLM, PRESETS, Config, flops, from_release, pair
+from model import COCOLM, PRESETS, Config, flops, statistics, sum_and_count
 
 # ------------------------------------------------------------------------------------------------------------
 # Constants
 
 # the run
 preset: Literal[tuple(PRESETS)] = "tiny"  # sizes and schedule: tiny | small | base | base++ | large++
-dataset: str = "docs"  # the corpus data_dir/dataset, made by data.py; docs is made if it is missing
+dataset: str = "docs"             # the corpus data_dir/dataset; docs is made if it is missing
 data_dir: str = "data"            # folder of all corpora
 out_dir: str = "out"              # folder of this run: ckpt.pt, ckpt.prev.pt, log.jsonl
 init_from: str = "scratch"        # scratch | resume | resume_or_scratch | path of a checkpoint to start from
@@ -48,7 +49,7 @@ overwrite: bool = False           # True: replace the run that out_dir holds
 seed: int = 0                     # of weights and dropout, and of the order, masks and crops of the text
 auxiliary_from: str = ""          # with corruption=frozen: the checkpoint whose auxiliary corrupts the text
 
-# optimization; what has no value here is the preset's, from SCHEDULES, unless one is written here
+# optimization; constants without a value come from SCHEDULES; write one here to override it
 batch_size: int                   # sequences in a step, over all processes
 micro_batch_size: int             # of them in a pass of one process; gradients of the passes are accumulated
 max_steps: int                    # optimizer steps
@@ -89,13 +90,9 @@ MAY_CHANGE = {  # when a run is resumed
     "eval_interval", "eval_batches", "checkpoint_interval", "keep_interval",
 }
 STARTS = ("scratch", "resume", "resume_or_scratch")  # anything else in init_from is a path
-SIZES = {"max_len", "layers", "width", "heads", "ffn_width", "auxiliary_layers", "dropout", "relative_bins",
-         "max_distance", "auxiliary_width", "relative_positions"}  # of a checkpoint
-MAY_DIFFER = {"dropout", "auxiliary_layers"}  # from those of the checkpoint that a run starts from
-PEAK = {  # teraflops a second, 16 bit with float32 sums, dense, from data sheets; the first name that fits
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
-    "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
-}
+SIZES = {"max_len", "layers", "width", "heads", "ffn_width", "auxiliary_layers", "auxiliary_width", "dropout",
+         "relative_positions", "relative_bins", "max_distance"}  # which a run takes from such a checkpoint
+MAY_DIFFER = {"dropout", "auxiliary_layers"}  # from those of that checkpoint
 
 # torchrun tells each process which one it is
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -105,38 +102,50 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # Settings
 
 
-def read_settings(argv):
-    """The constants, overridden by preset, checkpoint (its sizes) and command line, in one namespace."""
-    parser = Parser(__doc__, sys.modules[__name__], Config, without=("vocab_size", "pad_id", "mask_id"))
-    args, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    may_shrink = args.micro_batch_size is None  # it was not given, so it is made to fit
-    preset, values = args.preset, SCHEDULES[args.preset] | PRESETS[args.preset]
-    if args.init_from not in STARTS:
-        checkpoint = read_checkpoint(args.init_from)
-        sizes = {name: checkpoint["config"][name] for name in SIZES}
-        alike = [name for name, row in PRESETS.items()
-                 if all(row.get(size, getattr(Config, size)) == sizes[size]
-                        for size in SIZES - MAY_DIFFER - {"auxiliary_width", "relative_positions"})]
-        theirs = checkpoint.get("settings", {}).get("preset", [*alike, preset][0])
-        if theirs == preset or not any(word.startswith("--preset") for word in argv):  # or it is refused
-            preset, values = theirs, SCHEDULES[theirs] | PRESETS[theirs] | sizes
-    defaults = {name: str(globals().get(name, value)) for name, value in values.items()}
-    parser.set_defaults(preset=preset, **defaults)
-    args = parser.parse_args(argv)
+def make_parser():
+    return Parser(__doc__, sys.modules[__name__], Config, without=("vocab_size", "pad_id", "mask_id"))
 
-    while may_shrink and args.micro_batch_size > 1 and args.batch_size % (WORLD * args.micro_batch_size):
-        args.micro_batch_size -= 1
-    if args.batch_size % (WORLD * args.micro_batch_size):
-        parser.error(f"batch_size={args.batch_size} is not a multiple of processes x micro_batch_size = "
-                     f"{WORLD} x {args.micro_batch_size}")
+
+def read_settings(argv):
+    """The settings in one namespace. The first of these that has a value decides:
+
+    the command line, train.py's constants, the checkpoint's sizes, the preset, Config's defaults.
+    """
+    parser = make_parser()
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))  # None: not given
+    chosen = {name: value for name, value in given.items() if value is not None}
+    constants = {name: value for name, value in defaults.items()
+                 if name not in Config.__annotations__ and value is not None}
+    start, preset, sizes = (constants | chosen)["init_from"], (constants | chosen)["preset"], {}
+    if start not in STARTS:
+        checkpoint = read_checkpoint(start)
+        sizes = {name: value for name, value in checkpoint["config"].items() if name in SIZES}
+        preset = checkpoint.get("settings", {}).get("preset", preset)
+        if chosen.setdefault("preset", preset) != preset:
+            raise InputError(f"{start} has preset={preset}, not {chosen['preset']}: leave --preset out.")
+    args = Namespace(**defaults | SCHEDULES[preset] | PRESETS[preset] | sizes | constants | chosen)
+
+    if not chosen.keys() | constants.keys() >= {"micro_batch_size"}:  # the preset's is made to fit
+        while args.micro_batch_size > 1 and args.batch_size % (WORLD * args.micro_batch_size):
+            args.micro_batch_size -= 1
+    check_settings(args)
     args.processes, args.accumulation = WORLD, args.batch_size // (WORLD * args.micro_batch_size)
-    args.negatives = 2 * args.micro_batch_size * (WORLD if args.gather_negatives else 1) - 2  # not its twin
-    if args.contrastive and not args.negatives:
-        parser.error("there are no negatives: choose a larger micro_batch_size or --contrastive=False")
-    if (args.corruption == "frozen") != bool(args.auxiliary_from):
-        parser.error("corruption=frozen and auxiliary_from=CHECKPOINT need each other: give both or neither")
-    make_config(args, vocab_size=2**16)  # raises an error before the text is prepared
     return args
+
+
+def check_settings(args):
+    """Refuses settings that contradict each other, before the text is prepared. Sets `negatives`."""
+    if args.batch_size % (WORLD * args.micro_batch_size):
+        raise InputError(f"batch_size={args.batch_size} is not a multiple of processes x micro_batch_size = "
+                         f"{WORLD} x {args.micro_batch_size}.")
+    contrasted = args.micro_batch_size * (WORLD if args.gather_negatives else 1)
+    args.negatives = 2 * contrasted - 2  # all vectors but itself and its twin
+    if args.contrastive and not args.negatives:
+        raise InputError("there are no negatives: choose a larger micro_batch_size or --contrastive=False.")
+    if (args.corruption == "frozen") != bool(args.auxiliary_from):
+        raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT need each other: give both or neither.")
+    make_config(args, vocab_size=2**16)
 
 
 def make_config(args, **vocabulary):
@@ -145,6 +154,11 @@ def make_config(args, **vocabulary):
         return Config(**settings, **vocabulary)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def usual_settings(preset):
+    """What the settings are without options and without a value in the constants that SCHEDULES fills."""
+    return vars(make_parser().parse_args([])) | SCHEDULES[preset] | PRESETS[preset]
 
 
 def choose_hardware(args):
@@ -180,6 +194,8 @@ def keep_memory():
 
 def connect(device):
     """Connects the processes that torchrun started."""
+    if not 0 <= RANK < WORLD:
+        raise InputError(f"RANK={RANK} has to be from 0 to WORLD_SIZE - 1 = {WORLD - 1}: torchrun sets both.")
     if WORLD > 1:
         # torchrun --max-restarts keeps its store: the prefix hides the addresses of the processes that died
         restart, store = os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0]
@@ -187,9 +203,16 @@ def connect(device):
         dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=dist.PrefixStore(restart, store))
 
 
+def disconnect():
+    if WORLD > 1:
+        dist.barrier()  # torchrun ends all processes once one has failed, and process 0 may still be writing
+        dist.destroy_process_group()
+
+
 def print0(*words, **how):
+    """print, on process 0 alone"""
     if RANK == 0:
-        data.tell(*words, **how)
+        print(*words, flush=True, **how)
 
 
 def sum_over_processes(tensor):
@@ -204,6 +227,14 @@ def gather_objects(value):
     if WORLD > 1:
         dist.all_gather_object(everywhere, value)
     return everywhere
+
+
+def require_same(what, value):
+    """Refuses to go on if a process has another value than process 0."""
+    for rank, other in enumerate(everywhere := gather_objects(value)):
+        if other != everywhere[0]:
+            raise InputError(f"all processes need the same {what}, but process 0 has {everywhere[0]} and "
+                             f"process {rank} {other}.")
 
 
 def gather(vectors):
@@ -221,9 +252,12 @@ def gather(vectors):
 
 
 def lock(folder):
-    """Keeps other runs out of a folder as long as the file that it returns is open."""
+    """Makes a folder, and keeps other runs out of it as long as the file that it returns is open."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
+    path = folder / ".lock"
+    if path.is_symlink():
+        raise InputError(f"{path} is a link, not the lock of a run: remove it, or choose another --out_dir.")
+    file = open(path, "a")  # never emptied: it may be somebody's
     with contextlib.suppress(ImportError, OSError):  # Windows and some file systems have no such lock
         import fcntl
         try:
@@ -256,7 +290,7 @@ def catch_signals():
 
 def write_file(path, content, before=None):
     """Writes a text, or torch.saves an object, completely or not at all. An older one becomes `before`."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             if isinstance(content, str):
@@ -273,116 +307,122 @@ def write_file(path, content, before=None):
         raise InputError(f"{path} cannot be written ({error.__context__ or error}).") from None
 
 
-def weights_file(path):
-    """The file that holds the weights: path, or one in that folder if it is of a released model."""
-    names = ("model.pt", "model.safetensors", "pytorch_model.bin")
-    file = next((Path(path, name) for name in names if Path(path, name).exists()), Path(path))
-    if file.is_dir():
-        raise InputError(f"{path} is a folder without {', '.join(names)}: give the path of a checkpoint.")
-    return file
+def checkpoint_path(path):
+    """The path of a checkpoint, or of the ckpt.pt in a run's folder"""
+    return Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
 
 
 def read_checkpoint(path, *more):
-    """The dict that was saved, or for a released model such a dict of its files."""
-    file = weights_file(path)
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-            saved = load_file(file)
-        except ImportError:
-            raise InputError(f"{file} needs a package: pip install safetensors") from None
-        except Exception as error:  # safetensors' own, or no such file
-            raise InputError(f"{file} cannot be read ({error}).") from None
-    else:
-        saved = data.read_torch(file)
-    if "step" not in saved:
-        return read_release(file, saved)
-    if missing := [name for name in ("model", "config", "tokenizer", *more) if name not in saved]:
-        raise InputError(f"{path} is no checkpoint of this version: it has no {missing[0]!r}.")
+    """The dict that was saved in a checkpoint or a run's folder. more: further names that it has to have."""
+    file = checkpoint_path(path)
+    hint = f"a released model becomes a checkpoint by: python convert.py {path} out/released.pt"
+    if file.suffix == ".safetensors" or Path(path).is_dir() and not file.exists():
+        raise InputError(f"{path} is no checkpoint and no folder that holds ckpt.pt; {hint}")
+    saved = data.read_torch(file)
+    if missing := [name for name in ("model", "config", "tokenizer", "step", *more) if name not in saved]:
+        raise InputError(f"{file} is no checkpoint of this version: it has no {missing[0]!r}; {hint}")
     return saved
 
 
-def read_release(file, saved):
-    """A checkpoint of what the authors' model.pt, model.safetensors or pytorch_model.bin holds. [model]"""
-    try:
-        if "model" in saved:  # fairseq: {"args" or "cfg": Namespace, "model": weights, ...}
-            weights, settings = saved["model"], vars(saved.get("args") or saved.get("cfg") or Namespace())
-        else:  # Hugging Face
-            weights, settings = saved, json.loads((file.parent / "config.json").read_bytes())
-        config, weights, differ = from_release(weights, settings)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
-        raise InputError(f"{file} is neither a checkpoint nor a released model ({error}).") from None
-    tokenizer = data.SentencePieceTokenizer.read(file.parent, config.vocab_size)
-    return {"model": weights, "step": 0, "config": vars(config),
-            "tokenizer": tokenizer.state(), "differ": differ}
-
-
 def load_checkpoint(path, device="cpu"):
-    """(the COCOLM in evaluation mode, its Tokenizer) of a checkpoint or a released model"""
+    """(the COCOLM in evaluation mode, its Tokenizer) of a checkpoint or of a run's folder"""
     checkpoint = read_checkpoint(path)
     tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], path)
     try:
         model = COCOLM(Config(**checkpoint["config"]))
-        if "differ" in checkpoint:
-            copy_weights(model, checkpoint, path)
-        else:
-            model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}.") from None
     tokenizer.max_len = model.config.max_len
     return model.to(device).eval(), tokenizer
 
 
-def find_checkpoint(args):
+def find_checkpoint(args, settings):
     """The newest whole checkpoint of out_dir to resume from, and its path; (None, None) for a new run."""
-    out, resume, problems = Path(args.out_dir), args.init_from in ("resume", "resume_or_scratch"), ""
-    for path in (out / "ckpt.pt", out / "ckpt.prev.pt"):
-        if resume and path.exists():
-            try:
-                checkpoint = read_checkpoint(path, "optimizer", "settings", "scaler", "skipped")
-                print0(f"{problems}resuming from {path}, step {checkpoint['step']:,}")
-                return checkpoint, path
-            except InputError as error:
-                problems += f"{error} "
+    out, problems = Path(args.out_dir), ""
+    if args.init_from in ("resume", "resume_or_scratch"):
+        for path in (out / "ckpt.pt", out / "ckpt.prev.pt"):
+            if path.exists():
+                try:
+                    checkpoint = read_checkpoint(path, "optimizer", "settings", "scaler", "skipped")
+                    print0(f"{problems}resuming from {path}, step {checkpoint['step']:,}")
+                    return checkpoint, path
+                except InputError as error:
+                    problems += f"{error} "
     if args.init_from == "resume":
         raise InputError(f"{problems}{out} holds no checkpoint to resume from.")
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # then they are of this run
-    if (resume or restarted or not args.overwrite) and (there := sorted(out.glob("ckpt*.pt"))):
+    there, log = sorted(out.glob("ckpt*.pt")), out / "log.jsonl"
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # then the files are of this run
+    begins_again = args.init_from == "resume_or_scratch" or restarted
+    if log.exists() and not (begins_again and is_log_of(log, settings)):  # killed before its first checkpoint
+        there.append(log)
+    if there and (begins_again or not args.overwrite):
         raise InputError(f"{problems}{there[0]} is of another run: continue with --init_from=resume, replace"
                          f" it with --init_from=scratch --overwrite=True, or choose another --out_dir.")
     return None, None
 
 
+def is_log_of(path, settings):
+    """Whether a log's header has these settings."""
+    header, _, _ = read_log(path, 0)
+    return header is not None and not changes_since(header["constants"], settings).keys() - MAY_CHANGE
+
+
+def changes_since(before, settings):
+    """The settings that differ from those of an earlier run, which may not know all of today's."""
+    before = usual_settings(settings["preset"]) | before
+    return {name: value for name, value in settings.items() if before.get(name) != value}
+
+
+def clean_folder(out, start, resumed_from):
+    """Removes unfinished files, and of a run that is replaced its checkpoints; keeps a damaged checkpoint."""
+    if resumed_from == out / "ckpt.prev.pt" and (out / "ckpt.pt").exists():
+        os.replace(out / "ckpt.pt", out / "ckpt.damaged")  # or the next save would make it ckpt.prev.pt
+    checkpoint = r"ckpt(\.prev|\.\d+)?\.pt"
+    for file in out.iterdir():
+        unfinished = re.fullmatch(rf"\.({checkpoint}|log\.jsonl)\.\d+\.partial", file.name)
+        if unfinished or start == 0 and re.fullmatch(checkpoint, file.name):
+            file.unlink()
+
+
+def restore(checkpoint, path, model, optimizer, scaler, settings):
+    """Puts a run's checkpoint into model, optimizer and scaler -> the settings that have changed since."""
+    before, changes = checkpoint["settings"], changes_since(checkpoint["settings"], settings)
+    if fixed := changes.keys() - MAY_CHANGE:
+        again = [f"--{name}={before.get(name)}" for name in sorted(fixed - {"text"})]
+        raise InputError(f"{path} was made with other settings. To resume it give "
+                         f"{' '.join(again) or 'the same text: the checksums of the corpus differ'}.")
+    if settings["contrastive"] and "negatives" in changes:
+        print0(f"warning: {settings['negatives']} negatives for each sequence vector, not {before['negatives']}")
+    model.load_state_dict(checkpoint["model"])
+    # restore Adam's moments only; keep our own parameter groups
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+    scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+    return changes
+
+
 def take_weights(model, path, tokenizer, part=""):
-    """Copies the weights of another run's checkpoint, those whose names begin with `part`, into the model."""
-    checkpoint, ours = read_checkpoint(path), vars(model.config)
+    """Copies the weights of another run whose names begin with `part`. Says what starts anew or is not used."""
+    checkpoint = read_checkpoint(path)
     if checkpoint["tokenizer"] != tokenizer.state():
-        raise InputError(f"{path} has another vocabulary than this corpus, or none; prepare the corpus with "
-                         f"its tokenizer: python data.py PATH --encoding={path}")
+        raise InputError(f"{path} has another vocabulary than this corpus; prepare the corpus with its tokenizer:"
+                         f" python data.py PATH --encoding={path}")
     for name in sorted(SIZES - ({"dropout", "layers"} if part else MAY_DIFFER)):
-        if checkpoint["config"][name] != ours[name]:
-            raise InputError(f"{path} has {name}={checkpoint['config'][name]}, this run {name}={ours[name]}.")
-    copy_weights(model, checkpoint, path, part)
-
-
-def copy_weights(model, checkpoint, path, part=""):
-    """Copies what a checkpoint has of `part`. Says what starts anew, and what is not used."""
+        wanted, there = getattr(model.config, name), checkpoint["config"].get(name, getattr(model.config, name))
+        if there != wanted:
+            raise InputError(f"{path} has {name}={there}, this run {name}={wanted}.")
     # only a frozen auxiliary has embeddings of its own; any other uses the main model's
     shared = () if model.config.corruption == "frozen" else "auxiliary.embeddings."
-    theirs, ours = checkpoint["model"], model.state_dict()
-    names = [name for name in theirs | ours if name.startswith(part) and not name.startswith(shared)]
-    found = {name: theirs[name] for name in names
-             if name in theirs and name in ours and theirs[name].shape == ours[name].shape}
-    new, unused = ([name for name in names if name in side and name not in found] for side in (ours, theirs))
-    if lost := [name for name in new if name.startswith(part or "main.")]:
+    saved, state = ({name: tensor for name, tensor in weights.items()
+                     if name.startswith(part) and not name.startswith(shared)}
+                    for weights in (checkpoint["model"], model.state_dict()))
+    taken = {name: saved[name] for name in saved.keys() & state.keys() if saved[name].shape == state[name].shape}
+    if lost := [name for name in state if name.startswith(part or "main.") and name not in taken]:
         raise InputError(f"{path} has no {lost[0]}.")
-    model.load_state_dict(found, strict=False)
-    groups = dict.fromkeys(name.split(".")[0] for name in new)
-    anew = [group + " (in part)" * any(name.startswith(group) for name in found) for group in groups]
-    print0(f"weights from {path}: {len(found)} tensors")
-    for what, names in (("start anew", anew), ("not used", unused),
-                        ("its own there, the main Transformer's here", shared and checkpoint.get("differ"))):
-        if names:
+    model.load_state_dict(taken, strict=False)
+    print0(f"weights from {path}: {len(taken)} tensors")
+    for what, weights in (("start anew", state), ("not used", saved)):
+        if names := [name for name in weights if name not in taken]:
             print0(f"  {what}: {', '.join(names)}")
 
 
@@ -416,17 +456,43 @@ def to_device(batch, device):
     return {name: (t.pin_memory() if pin else t).to(device, non_blocking=pin) for name, t in tensors.items()}
 
 
-def add(totals, losses, statistics):
-    """Adds the results of a pass to name -> (sum, count)."""
-    pairs = {name: pair(loss.detach()) for name, loss in losses.items()}
-    for name, sum_and_count in (pairs | (statistics or {})).items():
-        totals[name] = totals.get(name, 0) + sum_and_count
+def accumulate(totals, losses, found):
+    """Adds the losses and statistics of a pass to name -> (sum, count)."""
+    for name, sums in ({n: sum_and_count(loss.detach()) for n, loss in losses.items()} | found).items():
+        totals[name] = totals.get(name, 0) + sums
 
 
-def means(totals):
+def average(totals):
     """name -> mean over all passes of all processes"""
     table = sum_over_processes(torch.stack(list(totals.values())).cpu().double()).tolist()
     return {name: total / count if count else math.nan for name, (total, count) in zip(totals, table)}
+
+
+def forward_backward(ddp, upcoming, step, args, device, autocast, scaler, logged):
+    """Accumulates the gradients of a step's passes -> name -> (sum, count), with statistics if it is logged."""
+    totals = {}
+    for part in range(args.accumulation):
+        batch = to_device(next(upcoming), device)
+        seed_dropout(args.seed, step, RANK, part)
+        ddp.require_backward_grad_sync = part == args.accumulation - 1  # once a step, as no_sync() does
+        with autocast:
+            losses, outputs = ddp(batch, gather)
+        scaler.scale(losses["loss"] / args.accumulation).backward()
+        accumulate(totals, losses, statistics(batch, outputs, gather) if logged else {})
+    return totals
+
+
+def agree(loss, norm, received):
+    """(is every loss finite, the largest gradient norm, a stop signal or 0), of all processes
+
+    Mostly the only wait for the device in a step.
+    """
+    signalled = torch.full_like(norm, received[0][0] if received else 0)
+    flags = torch.stack([1 - loss.isfinite().float(), norm, signalled])
+    if WORLD > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    not_finite, norm, stop = flags.tolist()
+    return not not_finite, norm, int(stop)
 
 
 def area_under_roc(scores, positive):
@@ -440,29 +506,92 @@ def area_under_roc(scores, positive):
 
 @torch.no_grad()
 def evaluate(model, sequences, args, device, autocast):
-    """Means over validation text, with the same masks every time; the last batch and its predictions."""
+    """Means over validation text, with the same masks every time; the last batch and its outputs."""
     model.eval()
     totals, scores, micro = {}, [], args.micro_batch_size
     for part in range(min(args.eval_batches * args.accumulation, len(sequences) // (WORLD * micro))):
         rows = (part * WORLD + RANK) * micro + np.arange(micro)
         batch = to_device(sequences.batch(step=0, indices=rows, batch_size=len(sequences)), device)
         with autocast:
-            losses, statistics, predictions = model(batch, gather)
-        add(totals, losses, statistics)
-        if "copy_logits" in predictions:
-            same = (predictions["corrupted"] == batch["tokens"]).float()
-            pairs = torch.stack([predictions["copy_logits"], same], dim=-1)  # (B, T, 2)
+            losses, outputs = model(batch, gather)
+        accumulate(totals, losses, statistics(batch, outputs, gather))
+        if "copy_logits" in outputs:
+            same = (outputs["corrupted"] == batch["tokens"]).float()
+            pairs = torch.stack([outputs["copy_logits"], same], dim=-1)  # (B, T, 2)
             scores.append(pairs[:, 1:].flatten(0, 1))  # [CLS] is never replaced
     model.train()
-    result = means(totals)
+    means = average(totals)
     if scores:
         score, same = gather(torch.cat(scores)).cpu().numpy().T
-        result["copy_auc"] = area_under_roc(score, same > 0)
-    return result, batch, predictions
+        means["copy_auc"] = area_under_roc(score, same > 0)
+    return means, batch, outputs
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Output
+
+
+def git_state():
+    """The commit of this code, and whether its files were modified since; {} where git is not there."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return {"commit": git("rev-parse", "HEAD").stdout.strip(),
+                "modified": bool(git("status", "--porcelain", "--untracked-files=no").stdout)}
+    return {}
+
+
+def nothing_learned(text, tokenizer, args):
+    """The scores of a model that has learned nothing, on a text of token ids."""
+    counts = np.bincount(text[text != tokenizer.sep_id])  # [SEP] is never masked
+    share = counts[counts > 0] / counts.sum()
+    return {"mlm_loss": float(-(share * np.log(share)).sum()),  # token frequencies alone
+            "copy_accuracy_replaced": 0.0, "copy_auc": 0.5,  # "all is original", and chance
+            "lm_accuracy_replaced": float(share.max()),
+            "scl_accuracy": 1 / (args.negatives + 1), "mean_cosine": 1.0}  # chance; all texts look the same
+
+
+def report(args, config, model, train, val, start, floors):
+    """Prints what the run will do -> the log's header"""
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    counts = {name: sum(p.numel() for p in part.parameters())  # both Transformers count what they share
+              for name, part in (("all", model), *model.named_children())}
+    usual, settings = usual_settings(args.preset), vars(args)
+    changed = [f"{name} {settings[name]} ({usual[name]})" for name in usual if settings[name] != usual[name]]
+    epochs = args.max_steps * args.batch_size / len(train)
+    compiled = ", compiled" if args.compile else ""
+    print0(f"device      {WORLD} x {args.device} ({hardware}), {args.dtype}{compiled}")
+    print0(f"parameters  {', '.join(f'{name} {n:,}' for name, n in counts.items())}")
+    print0(f"text        {train.path.parent}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation")
+    print0(f"step        {args.batch_size * args.max_len:,} tokens = {WORLD} processes x {args.accumulation} passes"
+           f" x {args.micro_batch_size} sequences x {args.max_len}")
+    if args.contrastive:
+        print0(f"negatives   {args.negatives} for each sequence vector")
+    print0(f"run         preset {args.preset}, steps {start:,} to {args.max_steps:,}, {epochs:,.1f} epochs, "
+           f"to {args.out_dir}")
+    print0(f"changed     {', '.join(changed) or 'nothing'}")
+    if epochs > 100:
+        print0(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
+    return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": hardware, "dtype": args.dtype,
+            "compiled": args.compile, "parameters": counts, "config": vars(config), "nothing_learned": floors,
+            "code": git_state(), "versions": {
+                "python": platform.python_version(), "torch": str(torch.__version__),
+                "numpy": np.__version__, "tiktoken": data.tiktoken.__version__}}
+
+
+def read_log(path, last_step):
+    """The header of a log (None if it is lost), its rows up to last_step, the number of unreadable lines"""
+    header, rows, unreadable = None, [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            if "constants" in row:
+                header = row
+            elif row["split"] in ("train", "val") and row["step"] <= last_step:
+                rows.append(row)
+        except (ValueError, TypeError, KeyError, RecursionError):  # torn by a crash, or not ours
+            unreadable += 1
+    return header, rows, unreadable
 
 
 class Log:
@@ -473,62 +602,73 @@ class Log:
 
     def __init__(self, path, header, start, changes):
         """start: the step to which the log of a resumed run is cut back; changes: of its settings"""
-        rows = []
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a crash may have torn the last line
-            for line in path.read_bytes().splitlines() if start else ():
-                rows.append(json.loads(line))
-        rows = [row for row in rows if row.get("step", 0) <= start] or [header]
+        before, rows, unreadable = read_log(path, start) if start else (None, [], 0)
+        if unreadable:
+            print0(f"{path}: {unreadable} lines could not be read and were dropped.")
+        header = before or header
         if changes:
-            rows[0].setdefault("resumed", []).append({"step": start, **changes})
-        write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.path, self.file = path, open(path, "a")
-        self.began = time.monotonic() - rows[-1].get("seconds", 0.0)
-        print0("\n    step split" + "".join(f"{t:>8}" for t in self.columns.values()) + "  tokens/s  time left")
+            header.setdefault("resumed", []).append({"step": start, **changes})
+        write_file(path, "".join(json.dumps(row) + "\n" for row in [header, *rows]))
+        self.path, self.file = path, open(path, "ab", buffering=0)
+        self.began = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
+        titles = "".join(f"{title:>8}" for title in self.columns.values())
+        print0(f"\n    step split{titles}  tokens/s  time left")
 
     def write(self, split, step, values, left=None):
         """Adds a row. left: the seconds that the run still takes"""
         row = {"split": split, "step": step, "seconds": round(time.monotonic() - self.began, 3)}
         row |= {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+        line, size = (json.dumps(row) + "\n").encode(), os.fstat(self.file.fileno()).st_size
         try:
-            print(json.dumps(row), file=self.file, flush=True)
+            if self.file.write(line) < len(line):
+                raise OSError("the disk is full")
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}).") from None
+            self.file.truncate(size)  # no half row
+            print0(f"warning: {self.path} cannot be written ({error}). The run goes on without this row.")
         cells = [" " * 8 if row.get(name) is None else f" {row[name]:7.4g}" for name in self.columns]
         line = f"{step:8,} {split:5}" + "".join(cells)
         if split == "train":
             line += f"{row['tokens_per_sec']:10,}  {timedelta(seconds=round(left))}"
-            line += f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
         print0(line.rstrip())
 
 
-def show_what_was_learned(batch, predictions, tokenizer, text, final, args):
+def save(out, log, checkpoint, keep, required):
+    """Writes ckpt.pt, and ckpt.STEP.pt if it is to stay. Only a required one has to be written."""
+    try:
+        os.fsync(log.file.fileno())
+        write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
+        if keep:
+            write_file(out / f"ckpt.{checkpoint['step']}.pt", checkpoint)
+    except (InputError, OSError) as error:  # a full disk, say
+        if required:
+            raise
+        print0(f"warning: {error} The run goes on, and tries again at the next interval.")
+
+
+def show_what_was_learned(batch, outputs, tokenizer, floors, final):
     """Validation text, what the auxiliary made of it, and what the main model says to that; the scores."""
     print0("\n  validation text, with [original: what the auxiliary put, p(original) > main model's correction]")
     for row, tokens in enumerate(batch["tokens"][:2]):
-        words, corrupted = tokenizer.pieces(tokens), predictions["corrupted"][row]
+        words, corrupted = tokenizer.pieces(tokens), outputs["corrupted"][row]
         for k, i in enumerate(batch["masked"][row].tolist()):
             if corrupted[i] != tokens[i]:
                 put = tokenizer.pieces(corrupted[i : i + 1])[0].strip()
-                if "copy_logits" in predictions:
-                    put += f" {predictions['copy_logits'][row, i].sigmoid():.2f}"
-                if "lm_tokens" in predictions:
-                    put += f" > {tokenizer.pieces(predictions['lm_tokens'][row, k : k + 1])[0].strip()}"
-                words[i] = " " * words[i].startswith(" ") + f"[{words[i].strip()}: {put}]"
+                if "copy_logits" in outputs:
+                    put += f" {outputs['copy_logits'][row, i].sigmoid():.2f}"
+                if "lm_tokens" in outputs:
+                    put += f" > {tokenizer.pieces(outputs['lm_tokens'][row, k : k + 1])[0].strip()}"
+                space = " " if words[i].startswith(" ") else ""
+                words[i] = f"{space}[{words[i].strip()}: {put}]"
         lines = textwrap.wrap("".join(words[1:]), 96)[:5]
         print0("", *(f"  {line}" for line in lines), sep="\n")
 
-    counts = np.bincount(text[text != tokenizer.sep_id])  # [SEP] is never masked
-    share = counts[counts > 0] / counts.sum()
-    nothing_learned = {  # token frequencies alone, "all is original", chance, all texts look the same
-        "mlm_loss": ("↓", -(share * np.log(share)).sum()), "copy_accuracy_replaced": ("↑", 0.0),
-        "copy_auc": ("↑", 0.5), "lm_accuracy_replaced": ("↑", share.max()),
-        "scl_accuracy": ("↑", 1 / (args.negatives + 1)), "mean_cosine": ("↓", 1.0),
-    }
     print0(f"\n  {'on validation text':26}{'this model':>12}{'nothing learned':>17}")
-    for name, (better, floor) in nothing_learned.items():
+    for name, floor in floors.items():
         if name in final:
+            better = "↓" if name in ("mlm_loss", "mean_cosine") else "↑"
             print0(f"  {better} {name:24}{final[name]:12.4f}{floor:17.4f}")
-    print0("  Good are a low p and the original as correction; and scores that go the way of their arrow.")
+    print0("  A good model gives replaced tokens a low p and proposes the original. copy_auc compares only at equal")
+    print0("  mlm_loss: what a weak auxiliary puts is easy to detect.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -546,7 +686,7 @@ def open_text(args):
         raise InputError(f"there is no {folder}; make it: python data.py PATH --name={args.dataset}")
     tokenizer = Tokenizer.load(folder)
     c = make_config(args, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, mask_id=tokenizer.mask_id)
-    train, val = (Sequences(folder, split, c.max_len, c.masked, c.crop_len, seed, check=LOCAL_RANK == 0)
+    train, val = (Sequences(folder, split, c.max_len, c.masked, c.crop_len, seed)
                   for split, seed in (("train", args.seed), ("val", 0)))  # the same validation for all seeds
     for split, least in ((train, args.batch_size), (val, WORLD * args.micro_batch_size)):
         if len(split) < least:
@@ -555,7 +695,36 @@ def open_text(args):
     return tokenizer, c, train, val
 
 
+def make_model(config, tokenizer, args, device):
+    """The model with the weights that the run begins with. (A resumed run then replaces them.)"""
+    torch.manual_seed(args.seed)
+    model = COCOLM(config)
+    if args.init_from not in STARTS:
+        take_weights(model, args.init_from, tokenizer)
+    if args.auxiliary_from and args.init_from != "resume":
+        take_weights(model, args.auxiliary_from, tokenizer, "auxiliary.")
+    model.main.recompute = args.recompute
+    return model.to(device).train()
+
+
+def wrap(model, example, autocast):
+    """The model in DistributedDataParallel, if there are several processes.
+
+    DDP sorts its buckets after the first pass, and with them the order of sums. An unused pass comes first, so
+    that a resumed run adds in the order of an undisturbed one.
+    """
+    if WORLD == 1:
+        return model
+    ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with autocast:
+        losses, _ = ddp(example, gather)
+    losses["loss"].backward()
+    model.zero_grad()
+    return ddp
+
+
 def main(argv):
+    # settings, text, model
     keep_memory()
     args = read_settings(argv)
     device = choose_hardware(args)
@@ -563,108 +732,49 @@ def main(argv):
     args.compile = args.compile == "True" or args.compile == "auto" and can_compile
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
     connect(device)
-
-    # the text
-    out = Path(args.out_dir)
-    held = lock(out) if RANK == 0 and out.exists() else None
-    checkpoint, resumed_from = find_checkpoint(args)
-    start = checkpoint["step"] if checkpoint else 0
     tokenizer, config, train, val = open_text(args)
     settings = vars(args) | {"text": data.read_meta(train.path.parent)["sha256"]}
-    everywhere = gather_objects({"step": start, **settings["text"]})
-    for rank, theirs in enumerate(everywhere):
-        if theirs != everywhere[0]:
-            raise InputError(f"all processes need the same checkpoint and text, but process 0 has "
-                             f"{everywhere[0]} and process {rank} {theirs}.")
-
-    # the model
-    torch.manual_seed(args.seed)
-    model, changes, skipped = COCOLM(config), {}, 0  # skipped: steps that float16's scaler skipped
-    model.main.recompute = args.recompute
-    model.to(device).train()
+    require_same("text", settings["text"])
+    model = make_model(config, tokenizer, args, device)
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
-    if checkpoint:
-        before = checkpoint["settings"]
-        changes = {name: value for name, value in settings.items() if before.get(name) != value}
-        if fixed := changes.keys() - MAY_CHANGE:
-            again = [f"--{name}={before.get(name)}" for name in sorted(fixed - {"text"})]
-            raise InputError(f"{resumed_from} was made with other settings. To resume it give "
-                             f"{' '.join(again) or 'the same text: the checksums of the corpus differ'}.")
-        if args.contrastive and "negatives" in changes:
-            print0(f"warning: {args.negatives} negatives for each sequence vector, not {before['negatives']}")
-        model.load_state_dict(checkpoint["model"])
-        # the groups stay those of these settings and this device, and a scaler may be new
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
-        skipped, checkpoint = checkpoint["skipped"], None  # None frees its memory
-    elif args.init_from not in STARTS:
-        take_weights(model, args.init_from, tokenizer)
-    if args.auxiliary_from and not start:
-        take_weights(model, args.auxiliary_from, tokenizer, "auxiliary.")
-    if start >= args.max_steps:
-        return print0(f"{out} is finished: step {start:,} of max_steps={args.max_steps:,}.")
-    if args.compile:
-        model.passes = torch.compile(model.passes, dynamic=False)  # all but what crosses processes
-    ddp = model
-    if WORLD > 1:  # the buffers are constants
-        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    # Three unused passes. After the first one, DDP sorts its buckets, and with them the order of sums: then a
-    # resumed run adds in the order of an undisturbed one. The others tell how long the run will take.
-    example, trials = to_device(train.batch(0, range(args.micro_batch_size), args.batch_size), device), []
-    for _ in range(3):
-        began = time.perf_counter()
-        with autocast:
-            losses, _, _ = ddp(example, gather, False)
-        losses["loss"].backward()
-        model.zero_grad()
-        losses["loss"].item()  # waits for the device
-        trials.append(time.perf_counter() - began)
-    step_seconds = min(trials) * args.accumulation
 
-    # the report and the log
-    step_tokens, step_flops = args.batch_size * args.max_len, args.batch_size * flops(config)
-    counts = {name: sum(p.numel() for p in part.parameters())  # both Transformers count what they share
-              for name, part in (("all", model), *model.named_children())}
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    known = [rate for gpu, rate in PEAK.items() if gpu in hardware and args.dtype != "float32"]
-    peak = 1e12 * WORLD * known[0] if known else math.nan
-    epochs = args.max_steps * args.batch_size / len(train)
-    left = timedelta(seconds=round((args.max_steps - start) * step_seconds))
-    print0(f"device      {WORLD} x {args.device} ({hardware}), {args.dtype}{', compiled' * args.compile}\n"
-        f"parameters  {', '.join(f'{name} {n:,}' for name, n in counts.items())}\n"
-        f"text        {train.path.parent}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation\n"
-        f"step        {step_tokens:,} tokens = {WORLD} processes x {args.accumulation} passes x "
-        f"{args.micro_batch_size} sequences x {args.max_len}\n"
-        + f"negatives   {args.negatives} for each sequence vector\n" * args.contrastive +
-        f"run         preset {args.preset}, steps {start:,} to {args.max_steps:,}, {epochs:,.1f} epochs, "
-        f"to {out}\n"
-        f"time        about {left}, at {step_seconds:.3g} s a step")
-    if epochs > 100:
-        print0(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
+    # out_dir is locked before anything is looked for in it
+    out, start, skipped, changes = Path(args.out_dir), 0, 0, {}  # skipped: steps that float16's scaler skipped
+    if args.init_from == "resume" and not out.exists():
+        raise InputError(f"{out} does not exist, so there is no checkpoint to resume from.")
+    held = lock(out) if RANK == 0 else None
+    checkpoint, resumed_from = find_checkpoint(args, settings)
+    if checkpoint:
+        changes = restore(checkpoint, resumed_from, model, optimizer, scaler, settings)
+        start, skipped = checkpoint["step"], checkpoint["skipped"]
+    del checkpoint
+    require_same("checkpoint", start)
+    if start >= args.max_steps:
+        print0(f"{out} is finished: step {start:,} of max_steps={args.max_steps:,}.")
+        return disconnect()
+
+    # report
+    floors = nothing_learned(val.tokens[: 2**24], tokenizer, args)
+    header = report(args, config, model, train, val, start, floors) | {"constants": settings}
     if RANK == 0:
-        held = held or lock(out)
-        if resumed_from == out / "ckpt.prev.pt" and (out / "ckpt.pt").exists():
-            os.replace(out / "ckpt.pt", out / "ckpt.damaged")  # or the next save would make it ckpt.prev.pt
-        for file in out.iterdir():  # unfinished files, and those of a run that is replaced
-            if re.fullmatch(r"ckpt(\.prev|\.\d+)?\." + ("partial" if start else "(pt|partial)"), file.name):
-                file.unlink()
-        header = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": hardware, "dtype": args.dtype,
-                  "compiled": args.compile, "parameters": counts, "config": vars(config),
-                  "constants": settings, "versions": {
-                      "python": platform.python_version(), "torch": str(torch.__version__),
-                      "numpy": np.__version__, "tiktoken": data.tiktoken.__version__}}
+        clean_folder(out, start, resumed_from)
         log = Log(out / "log.jsonl", header, start, changes)
+    if args.compile:
+        model.compile(dynamic=False)
+    example = train.batch(0, range(args.micro_batch_size), args.batch_size)
+    ddp = wrap(model, to_device(example, device), autocast)
 
     # the loop; `step` is the number of steps done
-    received, stop, bad, times = catch_signals(), 0, False, []  # times: of the steps since the last row
+    received, times = catch_signals(), []  # times: of the steps since the last row of the log
     upcoming = batches(train, args.batch_size, args.micro_batch_size, RANK, WORLD, start)
+    step_tokens, finite, stop = args.batch_size * args.max_len, True, 0
     for step in range(start, args.max_steps + 1):
         last = step == args.max_steps
 
         # validate, save, leave (a resumed run has validated before it saved)
         if last or step % args.eval_interval == 0 and (step > start or start == 0):
-            final, batch, predictions = evaluate(model, val, args, device, autocast)
+            final, batch, outputs = evaluate(model, val, args, device, autocast)
             if RANK == 0:
                 log.write("val", step, {"tokens": step * step_tokens, **final})
             if step > args.warmup_steps and final["mean_cosine"] > 0.99:
@@ -672,50 +782,27 @@ def main(argv):
         due = step > start and (last or stop or step % args.checkpoint_interval == 0)
         keep = step and args.keep_interval and step % args.keep_interval == 0
         if RANK == 0 and (due or keep):
-            checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                          "config": vars(config), "settings": settings, "skipped": skipped,
-                          "scaler": scaler.state_dict(), "tokenizer": tokenizer.state()}
-            try:
-                os.fsync(log.file.fileno())
-                write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
-                if keep:
-                    write_file(out / f"ckpt.{step}.pt", checkpoint)
-            except (InputError, OSError) as error:  # a full disk, say
-                if last or stop:
-                    raise
-                print0(f"warning: {error} The run goes on, and tries again at the next interval.")
+            save(out, log, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                            "config": vars(config), "settings": settings, "skipped": skipped,
+                            "scaler": scaler.state_dict(), "tokenizer": tokenizer.state()},
+                 keep, required=last or stop)
         if last or stop:
             break
 
-        # forward and backward
-        began, totals = time.perf_counter(), {}
+        # forward and backward, clip, agree
+        began = time.perf_counter()
         logged = step == 0 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps
-        for part in range(args.accumulation):
-            seed_dropout(args.seed, step, RANK, part)
-            ddp.require_backward_grad_sync = part == args.accumulation - 1  # once a step, as no_sync() does
-            with autocast:
-                losses, statistics, _ = ddp(to_device(next(upcoming), device), gather, logged)
-            scaler.scale(losses["loss"] / args.accumulation).backward()
-            add(totals, losses, statistics)
+        totals = forward_backward(ddp, upcoming, step, args, device, autocast, scaler, logged)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-
-        # mostly the only wait for the device: is all finite, and was a signal received, on any process?
-        finite = totals["loss"][0].isfinite()  # and with it all terms
-        signalled = torch.full_like(norm, received[0][0] if received else 0)
-        flags = torch.stack([1 - finite.float(), signalled, norm])
-        if WORLD > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad, stop, grad_norm = flags.tolist()
+        finite, grad_norm, stop = agree(totals["loss"][0], norm, received)
         if not math.isfinite(grad_norm):  # float16 skips such a step and halves its scale, but not for ever
             skipped += 1
-            bad = bad or not scaler.is_enabled() or scaler.get_scale() < 2**-20
-        if bad:
-            terms = ", ".join(f"{name} {totals[name][0] / args.accumulation:.5g}" for name in losses)
-            print(f"process {RANK}, step {step + 1}: {terms}, gradient norm {grad_norm:.5g}", file=sys.stderr)
+            finite = finite and scaler.is_enabled() and scaler.get_scale() >= 2**-20
+        if not finite:
             break
 
-        # update
+        # learning rate, optimizer
         lr = learning_rate_at(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -726,26 +813,29 @@ def main(argv):
         # log
         times.append(time.perf_counter() - began)
         if logged:
-            step_seconds, times = sum(times) / len(times), []
-            row = {"tokens": (step + 1) * step_tokens, "tokens_per_sec": round(step_tokens / step_seconds),
-                   "lr": lr, "mfu": step_flops / step_seconds / peak, "grad_norm": grad_norm, **means(totals)}
+            seconds, times = sum(times) / len(times), []
+            row = {"tokens": (step + 1) * step_tokens, "tokens_per_sec": round(step_tokens / seconds), "lr": lr,
+                   "tflops": args.batch_size * flops(config) / seconds / WORLD / 1e12, "grad_norm": grad_norm,
+                   **average(totals)}
             if scaler.is_enabled():
                 row["skipped_steps"] = skipped
             if RANK == 0:
-                log.write("train", step + 1, row, (args.max_steps - step - 1) * step_seconds)
+                log.write("train", step + 1, row, (args.max_steps - step - 1) * seconds)
 
-    if WORLD > 1:
-        dist.barrier()  # torchrun ends all processes once one has failed, and process 0 may still be writing
-        ddp = None  # as the last owner of the group it could wait for gloo's threads forever
-        dist.destroy_process_group()
-    if bad:
+    if not finite:
+        terms = ", ".join(f"{name} {sums[0] / args.accumulation:.5g}" for name, sums in totals.items()
+                          if "loss" in name)
+        print(f"process {RANK}, step {step + 1}: {terms}, gradient norm {grad_norm:.5g}", file=sys.stderr)
+    del ddp  # as the last owner of the group it could wait for gloo's threads forever
+    disconnect()
+    if not finite:
         sys.exit(1 if RANK else f"train.py: stopped before step {step + 1}: a loss or gradient is not finite;"
                  f" a smaller learning rate or a longer warm-up may help.")
     if stop and not last:
         print0(f"stopped by {signal.Signals(stop).name} after step {step:,}; --init_from=resume continues")
-        sys.exit(128 + int(stop))
+        sys.exit(128 + stop)
     if RANK == 0:
-        show_what_was_learned(batch, predictions, tokenizer, val.tokens, final, args)
+        show_what_was_learned(batch, outputs, tokenizer, floors, final)
         print0(f"\nthe checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 

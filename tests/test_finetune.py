@@ -96,7 +96,7 @@ def write_glue(folder, name, count=40, dev_is_train=False):
         for i, (texts, label) in enumerate(glue_rows(name, count, "train" if dev_is_train else split)):
             value = {"index": str(i), "id": str(i), row["label"]: label, **dict(zip(row["texts"], texts))}
             lines.append("\t".join(value.get(column, "x") for column in columns))
-        (place / f"{split}.tsv").write_text("\n".join(lines) + "\n" * (name != "CoLA"))
+        (place / f"{split}.tsv").write_text("\n".join(lines))
 
 
 def paragraphs_of(count, seed, version, fillers=12):
@@ -176,6 +176,24 @@ def test_metrics_against_obvious_versions():
     for metric in ("matthews", "pearson", "spearman"):  # a constant correlates with nothing
         for gold, predicted in ((ones, both), (ones, ones), (both * 0.1, ones * 0.1)):
             assert finetune.METRICS[metric](gold, predicted) == 0.0
+
+
+def test_correlations_do_not_depend_on_the_scale():
+    x, y = np.random.default_rng(0).normal(size=(2, 30)).round(1)
+    for scale in (1e300, 1e-310):  # squares of which are infinite, or 0
+        assert finetune.pearson(x * scale, y) == pytest.approx(finetune.pearson(x, y), abs=1e-9)
+        assert finetune.spearman(x, y * scale) == finetune.spearman(x, y)
+
+
+def test_many_classes_are_not_searched(tokenizer, tmp_path):
+    class Classes(list):
+        __contains__ = index = None  # a search through all of them, for each row
+
+    labels = Classes(f"c{number}" for number in range(1000))
+    (tmp_path / "x.tsv").write_text("text\tlabel\n" + "".join(f"a\t{label}\n" for label in reversed(labels)))
+    task = {"name": "mine", "texts": ["text"], "labels": labels, **finetune.OWN}
+    a_set = finetune.GlueSet(tmp_path / "x.tsv", task, "mine", "train", tokenizer, 64)
+    assert a_set.gold.tolist() == [*reversed(range(1000))]
 
 
 @pytest.mark.parametrize("golds, predicted, version, expected", [
@@ -264,6 +282,14 @@ def test_misplaced_answers_are_left_out_of_training(tokenizer, tmp_path, capsys)
     assert [question["id"] for question in kept.questions] == ["0", "2"]
     assert "4 questions were left out" in capsys.readouterr().out
     assert len(squad_set(tmp_path, tokenizer, 64, paragraphs, "dev")) == 6
+
+
+def test_other_peoples_squad(tokenizer, tmp_path):
+    whole, impossible = (paragraph("the river", [("river", at)], str(at)) for at in (4.0, 4))
+    impossible["qas"][0]["is_impossible"] = True
+    a_set = squad_set(tmp_path, tokenizer, 64, [whole, impossible], "train")
+    spans = [example["span"] for example in a_set.examples]
+    assert spans[0].any() and not spans[1].any() and a_set.questions[1]["golds"] == []
 
 
 def slow_windows(length, room, stride):
@@ -387,7 +413,7 @@ def test_each_glue_task_on_an_extract(name, options, tmp_path, capsys):
         number = row["labels"].index if row["labels"] else float
         predicted, gold = (np.array([number(r[i]) for r in rows[1:]]) for i in (1, -1))
         for metric in row["metrics"]:
-            value = line["metrics"][metric + "_mismatched" * (n == "MNLI-mm")]
+            value = line["metrics"][f"{metric}_mismatched" if n == "MNLI-mm" else metric]
             assert value == pytest.approx(finetune.METRICS[metric](gold, predicted), abs=1e-12)
 
 
@@ -415,7 +441,6 @@ def test_squad_on_an_extract(version, dtype, options, tmp_path, capsys):
         f1 = np.array([finetune.squad_scores(g, text, version)[1] for g, text in zip(golds, best)])
         value, threshold = finetune.best_threshold(f1, np.array([bool(g) for g in golds]), odds)
         assert 100 * value == pytest.approx(metrics["best_f1"]) and threshold == metrics["best_f1_threshold"]
-        assert results(tmp_path, name)["baseline"]["f1"] == 50.0  # no answer is the most frequent one
 
 
 @pytest.mark.parametrize("name", ["RTE", "SQuAD-1.1"])
@@ -476,8 +501,8 @@ def test_the_best_state_predicts_the_test_set(options, tmp_path, monkeypatch):
 
 def test_without_learning_the_weights_are_the_checkpoints(options, checkpoint, tmp_path, capsys):
     write_glue(tmp_path / "data", "SST-2", 8)
-    finetune.main([*options, "--task=SST-2", "--learning_rate=0"])
-    assert capsys.readouterr().out.count("warning: SST-2, seed 0 is not better than the baseline") == 1
+    finetune.main([*options, "--task=SST-2", "--learning_rate=0", f"--init_from={checkpoint.parent}"])
+    assert "warning: SST-2, seed 0 is not better than the baseline" in capsys.readouterr().out
     assert results(tmp_path, "SST-2")["baseline"] == {"accuracy": 0.5}
     model, _, _ = finetune.load_finetuned(tmp_path / "out/SST-2/best.pt")
     weights = torch.load(checkpoint, weights_only=True)["model"]
@@ -493,7 +518,7 @@ def test_scratch_has_the_shape_that_was_asked_for(extra, width, max_len, options
     write_glue(tmp_path / "data", "SST-2", 8)
     finetune.main([*options, "--task=SST-2", "--init_from=scratch", f"--tokenizer_from={checkpoint}", *extra])
     kept = results(tmp_path, "SST-2")
-    assert (kept["init_from"], kept["step"], kept["checksum"]) == ("scratch", 0, None)
+    assert (kept["init_from"], kept["step"], kept["checksum"][:10]) == ("scratch", 0, "untrained ")
     config = torch.load(tmp_path / "out/SST-2/best.pt", weights_only=True)["config"]
     assert (config["width"], config["max_len"]) == (width, max_len)
 
@@ -551,7 +576,7 @@ def test_own_data_give_what_the_same_data_give_as_a_glue_task(name, ending, opti
     glue, own = results(tmp_path, name), results(tmp_path, "mine")
     for metric in row["metrics"]:
         assert own["metrics"][metric] == pytest.approx(glue["metrics"][metric], abs=1e-6)
-    assert set(own["metrics"]) == {*row["metrics"], *["macro_f1"] * bool(row["labels"])}
+    assert set(own["metrics"]) == {*row["metrics"], *(["macro_f1"] if row["labels"] else [])}
     dev, own_dev, test, own_test = (table(tmp_path / f"out/{task}/predictions/{task}{end}.tsv")
                                     for end in (".dev", "") for task in (name, "mine"))
     added = ["probability"] if row["labels"] else []
@@ -580,6 +605,32 @@ def test_own_data_give_what_the_same_data_give_as_a_glue_task(name, ending, opti
     else:
         assert (task["low"], task["high"]) == (0, 5)
         assert (5 * logits[:, 0]).tolist() == pytest.approx([float(r[1]) for r in dev[1:]], abs=1e-4)
+
+
+def test_columns_that_number_the_rows_are_no_texts(options, tmp_path, capsys):
+    for split in ("train", "dev"):
+        rows = [{"sentence": f"{label} river", "label": label, "Idx": 7 + label} for label in (0, 1)]
+        write_own(tmp_path / f"data/mine/{split}.jsonl", rows)
+    finetune.main([*options, "--task=mine"])
+    assert [row[0] for row in table(tmp_path / "out/mine/predictions/mine.dev.tsv")] == ["index", "7", "8"]
+    best = f"--init_from={tmp_path}/out/mine/best.pt"
+    assert "quotation" not in capsys.readouterr().out
+    (tmp_path / "new.tsv").write_text('sentence\tn\n"this ""film"" was fine"\t1\n"a"\t2\n')
+    finetune.main([*options, best, f"--predict={tmp_path}/new.tsv"])  # without Idx, with marks of a .csv
+    assert capsys.readouterr().out.count("to_json(") == 1
+    assert table(tmp_path / "new.tsv.predictions.tsv")[1][:2] == ['"this ""film"" was fine"', "1"]
+
+
+def test_a_json_boolean_is_its_text(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": true, "n": [1]}')
+    assert list(finetune.read_fields(tmp_path / "x.jsonl"))[1] == (1, ["a", "true", [1]])
+
+
+@pytest.mark.parametrize("name", ["SST-2", "mine"])
+def test_a_data_dir_one_level_too_deep(name, options, tmp_path):
+    write_glue(tmp_path / "data", "SST-2", 4)
+    with pytest.raises(data.InputError, match="SST-2 is the folder of one task: give the folder above"):
+        finetune.main([*options, f"--task={name}", f"--data_dir={tmp_path}/data/SST-2"])
 
 
 def test_own_scores_may_leave_the_range_of_train(options, tmp_path):
@@ -619,30 +670,32 @@ def test_predict_keeps_the_file_and_adds_what_the_model_says(options, tmp_path, 
 
 @pytest.mark.parametrize("arguments, file, content, message", [
     ("", "train.tsv", "text\tlabel\na\tx\nb\n", "train.tsv, line 3 has 1 fields, not 2"),
-    ("", "train.tsv", "text\tlabel\na\tx\nb\ty\tz\n", "train.tsv, line 3 has 3 fields, not 2"),
     ("", "train.tsv", "text\tlabel\na\tx\nb\t \n", "train.tsv, line 3: .* not ''"),
     ("", "train.tsv", "text\tlabel\na\tx\nb\tx\n", "train.tsv has the label 'x' alone"),
-    ("", "train.tsv", "text\tlabel\n", "train.tsv has no rows"), ("", "train.tsv", "", r"train.tsv .* \[\]"),
+    ("", "train.tsv", "text\tlabel\n", "train.tsv has no rows"),
     ("", "train.tsv", "text\tLabel\na\tx\n", "train.tsv needs a column \"label\" .*'Label'"),
-    ("", "train.tsv", "id\tlabel\na\tx\n", "train.tsv needs"),
+    ("", "dev.tsv", "text\tlabel\tlabel\na\tx\ty\n", "dev.tsv needs one column \"label\""),
+    ("", "test.tsv", "text\ttext\na\tb\n", "test.tsv needs one column \"text\""),
+    ("", "train.tsv", "prediction\tlabel\na\tx\nb\ty\n", "\"prediction\": rename it"),
+    ("", "train.tsv", "nr\ttext\tlabel\n1\ta\tx\n2\tb\ty\n", "\"nr\" holds nothing but numbers.*index or id"),
+    ("", "train.tsv", "text\tlabel\na\t0\nb\t1\nc\t0.0\n", "labels '0' and '0.0'"),
+    ("", "train.tsv", "text\tlabel\na\tpos\nb\tneg\nc\tpos\u200b\n", r"labels 'pos' and 'pos\\u200b'"),
+    ("--regression=True", "train.tsv", "text\tlabel\na\t1\nb\t1_000\n", "line 3: .* not '1_000'"),
     ("", "train.tsv", "a\ta\tlabel\nb\tb\tx\n", "train.tsv needs .* own name"),
     ("", "train.tsv", "a\tb\tc\tlabel\nb\tb\tb\tx\n", "train.tsv needs .* one or two"),
     ("", "dev.tsv", "text\tlabel\na\tx\nb\tz\n", "dev.tsv, line 3: .* one of x, y, not 'z'"),
-    ("", "dev.tsv", "texts\tlabel\na\tx\n", "dev.tsv has no column \"text\".*'texts'"),
-    ("", "test.tsv", "text\tn\na\n", "test.tsv, line 2 has 1 fields"),
+    ("", "dev.tsv", "texts\tlabel\na\tx\n", "dev.tsv needs one column \"text\".*'texts'"),
     ("", "dev.tsv", None, "data/mine has no file dev.tsv"),
-    ("", "train.tsv", None, "data/mine has no file train.tsv or train.jsonl; .* CoLA, .*GLUE"),
+    ("", "train.tsv", None, "data/mine has no file train.tsv.* CoLA, .*GLUE"),
     ("", "train.jsonl", "{}", "both train.tsv and train.jsonl"),
     ("", "test.jsonl", "[1]", "test.jsonl, line 1 .* JSON object"),
     ("", "test.jsonl", '{"text": "a"}\n{"a": "b"}', "test.jsonl, line 2 .* JSON object .*'text'"),
     ("", "test.jsonl", '\n{"text": null}', 'test.jsonl, line 2: "text" .* not None'),
-    ("", "test.jsonl", '{"text": "a"}\n{"text": "a", "b": 1}', "test.jsonl, line 2 has 2 fields, not 1"),
-    ("--regression=True", "", "", "train.tsv, line 2: .* a number, not 'x'"),
+    ("--regression=True", "", "", "train.tsv, line 2: .* a number .*, not 'x'"),
     ("--regression=True", "train.tsv", "text\tlabel\na\t1\nb\tnan\n", "line 3: .* not 'nan'"),
-    ("--regression=True", "train.tsv", "text\tlabel\na\t1\nb\t-inf\n", "line 3: .* not '-inf'"),
+    ("--regression=True", "train.tsv", "text\tlabel\na\t1\nb\t1e301\n", "line 3: .* not '1e301'"),
     ("--regression=True", "train.tsv", "text\tlabel\na\t1\nb\t1.0\n", "label 1.0 alone"),
-    ("--task=cola", "", "", "data/cola .* did you mean CoLA"), ("--task=STSB", "", "", "did you mean STS-B"),
-    ("--task=SQuAD-2", "", "", "did you mean SQuAD-2.0"), ("--task=a/b", "", "", "'a/b' .* plain name"),
+    ("--task=cola", "", "", "data/cola .* CoLA, .*GLUE"), ("--task=a/b", "", "", "'a/b' .* plain name"),
     ("--task=CoLA --regression=True", "", "", "regression=True is for own data"),
     ("--predict=x.txt", "", "", "ckpt.pt is not fine-tuned"),
 ])
@@ -667,7 +720,7 @@ def test_a_fine_tuned_model_predicts_files_of_its_own_columns_alone(options, tmp
     new = tmp_path / "new.tsv"
     for start_from, text, message in (
             (squad, "sentence\na\n", "does not support SQuAD-1.1"), (cola, None, "new.tsv"),
-            (cola, "gj04\t1\t\tno header\n", "no column \"sentence\""), (cola, "sentence\n", "no rows"),
+            (cola, "gj04\t1\t\tno header\n", "one column \"sentence\""), (cola, "sentence\n", "no rows"),
             (cola, "n\tsentence\n1\ta\n2\ta\tb\n", "line 3 has 3 fields")):
         if text:
             new.write_text(text)
@@ -678,7 +731,7 @@ def test_a_fine_tuned_model_predicts_files_of_its_own_columns_alone(options, tmp
     with pytest.raises(data.InputError, match="fine-tuned already.*--predict"):
         finetune.main([*options, "--task=CoLA", cola])
     model, tokenizer, _ = finetune.load_finetuned(tmp_path / "out/SQuAD-1.1/best.pt")
-    with pytest.raises(AssertionError, match="allowed"):
+    with pytest.raises(ValueError, match="allowed"):
         model(tokenizer.batch(["a text"]))
 
 
@@ -693,9 +746,8 @@ def test_a_killed_run_keeps_its_seeds_and_a_second_run_is_refused(options, tmp_p
     while not (folder / "seed1/result.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
-    for arguments in (options, [*options, "--overwrite=True"]):
-        with pytest.raises(data.InputError, match="in use"):
-            finetune.main(arguments)
+    with pytest.raises(data.InputError, match="in use"):
+        finetune.main(options)
     process.kill()
     process.communicate()
     finished = {int(path.parent.name[4:]) for path in folder.glob("seed*/result.json")}
@@ -717,20 +769,22 @@ def test_a_killed_run_keeps_its_seeds_and_a_second_run_is_refused(options, tmp_p
     assert best["seed"] == int(np.argmax([np.mean(list(run["metrics"].values())) for run in a["runs"]]))
     assert best["scores"] == a["runs"][best["seed"]]["metrics"]
 
-    # the summary alone is missing, as after a kill just before it
+    # the summary is missing, as after a kill just before it; a desktop and a full disk left their traces
     (folder / "results.json").unlink()
+    (folder / "seed0/result.json").write_text('{"seed": 0, "metr')
+    (folder / f"seed{best['seed']}/predictions/.DS_Store").write_bytes(b"\xff\x00")
     finetune.main([*options, f"--seeds={count}"])
-    assert results(tmp_path, "STS-B") == a
+    assert results(tmp_path, "STS-B") == a and not (folder / "predictions/.DS_Store").exists()
 
 
-def test_other_settings_are_refused_and_overwrite_deletes_our_files_alone(options, tmp_path):
+def test_results_of_other_settings_stay_as_they_are(options, tmp_path):
     write_glue(tmp_path / "data", "SST-2", 8)
     options, folder = [*options, "--task=SST-2"], tmp_path / "out/SST-2"
     finetune.main([*options, "--seeds=2"])
     before = (folder / "results.json").read_bytes()
     scratch = ["--init_from=scratch", f"--tokenizer_from={options[0][12:]}"]
     for name, change in (("epochs", ["--epochs=2"]), ("dropout", ["--dropout=0"]), ("model", scratch)):
-        with pytest.raises(data.InputError, match=f"other settings .{name} was"):
+        with pytest.raises(data.InputError, match=f"other settings .{name} was.* remove the folder"):
             finetune.main([*options, *change])
     with open(tmp_path / "data/SST-2/test.tsv", "a") as test:
         test.write("8\tmore\n")
@@ -738,15 +792,12 @@ def test_other_settings_are_refused_and_overwrite_deletes_our_files_alone(option
         finetune.main(options)
     assert (folder / "results.json").read_bytes() == before
 
-    mine = [folder / name for name in ("notes.txt", "predictions/CoLA.tsv", "seed1/best.pt.mine",
-                                       "seedling/result.json", "../RTE/best.pt")]
-    for path in mine:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("mine")
-    finetune.main([*options, "--epochs=2", "--overwrite=True", "--seed=4"])
-    assert [run["seed"] for run in results(tmp_path, "SST-2")["runs"]] == [4]
-    assert all(path.read_text() == "mine" for path in mine)
-    assert not (folder / "seed0/best.pt").exists() and not (folder / "seed0/result.json").exists()
+    for name in ("results.json", "best.pt"):  # of somebody else
+        (tmp_path / name / "SST-2").mkdir(parents=True)
+        (tmp_path / name / "SST-2" / name).write_text("mine")
+        with pytest.raises(data.InputError, match=f"holds {name}, but no finished seed"):
+            finetune.main([*options, f"--out_dir={tmp_path / name}"])
+        assert (tmp_path / name / "SST-2" / name).read_text() == "mine"
 
 
 def test_all_of_glue_that_is_there(options, tmp_path, capsys):
@@ -785,17 +836,14 @@ def test_two_processes_equal_one(options, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, file, content, message", [
-    ("--epochs=0", "", "", "epochs"), ("--task=CoLA --max_len=65", "", "", "max_len=65 .* 64 positions"),
-    ("--init_from=/nowhere/x.pt", "", "", "/nowhere/x.pt"),
+    ("--task=CoLA --max_len=65", "", "", "max_len=65 .* 64 positions"),
     ("--task=SST-2", "SST-2/train.tsv", "sentence\tlabel\nfine\t1\nbad\t2\n", "line 3: .*one of 0, 1"),
     ("--task=STS-B", "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\t5.1\n", "line 2: .* '5.1'"),
-    ("--task=STS-B", "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: .* 'nan'"),
-    ("--task=RTE", "RTE/train.tsv", "sentence1\tsentence2\tlabel\na\tb\n", "line 2 has 2 fields"),
-    ("--task=SST-2", "SST-2/dev.tsv", "1\tthis has no header\n", 'no column "sentence"'),
+    ("--task=SST-2", "SST-2/dev.tsv", "1\tthis has no header\n", 'one column "sentence"'),
     ("--task=CoLA", "CoLA/dev.tsv", "", "no rows"),
-    ("--task=CoLA", "CoLA/dev.tsv", None, 'data/CoLA has no file dev.tsv; README.*"Fine-tuning"'),
+    ("--task=CoLA", "CoLA/dev.tsv", None, 'data/CoLA has no file dev.tsv. README.*"Fine-tuning"'),
     ("--task=GLUE", "STS-B/dev.tsv", None, "data/STS-B has no file dev.tsv"),
-    ("--task=SQuAD-2.0", "", "", "data has no file train-v2.0.json; README"),
+    ("--task=SQuAD-2.0", "", "", "data has no file train-v2.0.json. README"),
     ("--task=SQuAD-1.1", "dev-v1.1.json", "{", "not JSON"),
     ("--task=SQuAD-1.1", "dev-v1.1.json", '{"data": [{"paragraphs": [{"context": "a"}]}]}', "'qas'"),
     ("--task=SQuAD-1.1", "dev-v1.1.json", json.dumps({"data": [{"paragraphs": [paragraph("", [])]}]}), "2.0"),
@@ -824,6 +872,21 @@ def test_checkpoints_that_cannot_be_used(options, checkpoint, tmp_path, change):
     torch.save(content | {"task": row_of("CoLA"), "settings": {"dropout": 0}}, tmp_path / "bad.pt")
     with pytest.raises(data.InputError, match="bad.pt"):
         finetune.load_finetuned(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("change", [
+    lambda task: task.pop("texts"), lambda task: task.pop("name"), lambda task: task.update(labels="01"),
+    lambda task: task.update(label=3), lambda task: task.update(labels=[])])
+def test_a_fine_tuned_state_with_a_damaged_task(checkpoint, tmp_path, change):
+    content, task = torch.load(checkpoint, weights_only=True), row_of("CoLA")
+    model = finetune.Model(task, finetune.Config(**content["config"]), 0.1)
+    content |= {"task": task, "settings": {"dropout": 0.1, "max_len": 64}, "model": model.state_dict()}
+    torch.save(content, tmp_path / "best.pt")
+    assert finetune.load_finetuned(tmp_path / "best.pt")[2] == task
+    change(task)
+    torch.save(content, tmp_path / "best.pt")
+    with pytest.raises(data.InputError, match="damaged, or not made by this version"):
+        finetune.load_finetuned(tmp_path / "best.pt")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(options, tmp_path, monkeypatch):

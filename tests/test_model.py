@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import convert
 import model as coco
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -40,23 +41,26 @@ EACH_ABLATION = pytest.mark.parametrize("changes", ABLATIONS, ids=str)
 WITH_DROPOUT = pytest.mark.parametrize("changes", [*ABLATIONS, dict(auxiliary_dropout=0.1)], ids=str)
 
 
-def example(lengths=(16, 16, 11), seed=0, **changes):
-    """A model, its weights so large that every part shows in the output, and a batch of sequences, padded."""
+def example(sequences=3, seed=0, **changes):
+    """A model, its weights so large that every part shows in the output, and a batch."""
     torch.manual_seed(seed)
     model = coco.COCOLM(coco.Config(**{**SMALL, **changes}))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    rng, c = np.random.default_rng(seed), model.config
-    tokens = rng.integers(1, PAD, (len(lengths), max(lengths)))
+    return model, make_batch(model.config, sequences, seed)
+
+
+def make_batch(config, sequences=3, seed=0):
+    """All that a batch holds. A key that a new loss needs is added here."""
+    rng, T = np.random.default_rng(seed), config.max_len
+    tokens = rng.integers(1, PAD, (sequences, T))
     tokens[:, 0] = 0  # [CLS], which is never masked
-    for row, length in zip(tokens, lengths):
-        row[length:] = PAD
-    masked = np.stack([np.sort(rng.choice(np.arange(1, n), c.masked, replace=False)) for n in lengths])
-    crop = np.concatenate([tokens[:, :1], tokens[:, 2:2 + c.crop_len]], axis=1)
+    masked = np.stack([np.sort(rng.permutation(np.arange(1, T))[: config.masked]) for _ in range(sequences)])
+    crop = np.concatenate([tokens[:, :1], tokens[:, 1 : 1 + config.crop_len]], axis=1)
     uniforms = rng.random(masked.shape, dtype=np.float32)
     uniforms[0, :2] = 0, LAST
     batch = dict(tokens=tokens, masked=masked, crop=crop, uniforms=uniforms)
-    return model, {name: torch.from_numpy(x) for name, x in batch.items()}
+    return {name: torch.from_numpy(x) for name, x in batch.items()}
 
 
 def array(tensor):
@@ -194,7 +198,7 @@ def slow_corrupt(model, batch):
     if c.token_task != "mlm" and c.corruption == "random":
         np.put_along_axis(corrupted, masked, np.floor(uniforms * c.vocab_size), axis=1)
     elif c.token_task != "mlm":
-        hidden = slow_encoder(model.auxiliary, c, corrupted, tokens == c.pad_id)
+        hidden = slow_encoder(model.auxiliary, c, corrupted, np.zeros(tokens.shape, bool))
         x = slow_transform(hidden, model.auxiliary.transform)
         x = slow_linear(x, model.auxiliary.widen) if c.auxiliary_width < c.width else x
         logits = x @ array(model.auxiliary.embeddings.tokens.weight).T + array(model.auxiliary.output_bias)
@@ -204,7 +208,7 @@ def slow_corrupt(model, batch):
 
 
 def slow_forward(model, batch, corrupted=None, held=None):
-    """Losses, statistics (without those of SCL) and predictions of one batch by name, as model.forward's.
+    """Losses, statistics (without those of SCL) and outputs of one batch by name, as model.forward's.
 
     corrupted: the corrupted tokens, if they are not to be sampled here.
     held: copy logits for L_LM that stay while the weights change, as in sg(p_copy).
@@ -212,9 +216,9 @@ def slow_forward(model, batch, corrupted=None, held=None):
     c, tokens, masked = model.config, batch["tokens"].numpy(), batch["masked"].numpy()
     sampled, auxiliary_logits = slow_corrupt(model, batch)
     corrupted = sampled if corrupted is None else corrupted.numpy()
-    real, same = tokens != c.pad_id, corrupted == tokens
-    hidden = slow_encoder(model.main, c, corrupted, ~real)
-    losses, statistics, predictions = {}, {}, dict(corrupted=corrupted)
+    same, no_padding = corrupted == tokens, np.zeros(tokens.shape, bool)
+    hidden = slow_encoder(model.main, c, corrupted, no_padding)
+    losses, statistics, outputs = {}, {}, dict(corrupted=corrupted)
     weights = dict(mlm_loss=1, copy_loss=c.lambda_copy, lm_loss=1, scl_loss=c.lambda_scl)
 
     def at_masked(x):
@@ -226,19 +230,20 @@ def slow_forward(model, batch, corrupted=None, held=None):
     if auxiliary_logits is not None:
         losses["mlm_loss"] = at_masked(slow_cross_entropy(auxiliary_logits, tokens)).mean()
         weights["mlm_loss"] = c.corruption != "frozen"
-        count("mlm_accuracy", at_masked(auxiliary_logits.argmax(-1) == tokens), at_masked(real))
+        outputs["mlm_tokens"] = at_masked(auxiliary_logits.argmax(-1))
+        count("mlm_accuracy", outputs["mlm_tokens"] == at_masked(tokens), masked >= 0)
     if c.token_task != "mlm":
-        predictions["copy_logits"] = copy_logits = slow_linear(hidden, model.copy_head)[..., 0]
+        outputs["copy_logits"] = copy_logits = slow_linear(hidden, model.copy_head)[..., 0]
         in_lm = copy_logits if held is None else held
-        count("replaced_fraction", ~same, real)
-        count("copy_accuracy_original", copy_logits > 0, same & real)
-        count("copy_accuracy_replaced", copy_logits < 0, ~same & real)
+        count("replaced_fraction", ~same, tokens >= 0)
+        count("copy_accuracy_original", copy_logits > 0, same)
+        count("copy_accuracy_replaced", copy_logits < 0, ~same)
     if c.token_task in ("clm", "rtd"):
-        losses["copy_loss"] = slow_copy(copy_logits, same)[real].mean()
+        losses["copy_loss"] = slow_copy(copy_logits, same).mean()
     if c.token_task != "rtd":
         lm_logits = hidden @ array(model.main.embeddings.tokens.weight).T + array(model.lm_bias)
         if c.token_task == "all_token_mlm":
-            terms = slow_mixture(lm_logits, copy_logits, tokens, same)[real]
+            terms = slow_mixture(lm_logits, copy_logits, tokens, same)
         elif c.token_task == "mlm" or not c.copy_mechanism:
             terms = at_masked(slow_cross_entropy(lm_logits, tokens))
         elif c.lm_loss == "mixture":
@@ -246,17 +251,18 @@ def slow_forward(model, batch, corrupted=None, held=None):
         else:
             terms = at_masked(slow_weighted(lm_logits, in_lm, tokens))
         losses["lm_loss"] = terms.mean()
-        predictions["lm_tokens"] = at_masked(lm_logits.argmax(-1))
+        outputs["lm_tokens"] = at_masked(lm_logits.argmax(-1))
         count("lm_accuracy_replaced", at_masked(lm_logits.argmax(-1) == tokens), at_masked(~same))
     if c.contrastive:
-        crop_hidden = slow_encoder(model.main, c, batch["crop"], batch["crop"] == c.pad_id)
+        crop_hidden = slow_encoder(model.main, c, batch["crop"], np.zeros(batch["crop"].shape, bool))
         vectors = [slow_transform(x[:, 0], model.scl_head) for x in (hidden, crop_hidden)]
+        outputs["scl_vectors"] = np.stack(vectors)
         losses["scl_loss"] = slow_scl(*vectors, c.temperature)
     losses["loss"] = sum(weights[name] * value for name, value in losses.items())
-    predictions["pooled"] = pooled = np.stack([h[is_real].mean(0) for h, is_real in zip(hidden, real)])
+    outputs["pooled"] = pooled = hidden.mean(1)
     N = len(pooled)
     statistics["mean_cosine"] = [slow_cosines(pooled).sum() - N, N * (N - 1)]  # not of a text and itself
-    return losses, statistics, predictions
+    return losses, statistics, outputs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -412,21 +418,90 @@ def test_autocast():
     take it: in the type of attention, rows at multiples of 8 elements, elements side by side."""
     model, batch = example()
     with torch.autocast("cpu", torch.bfloat16):
-        losses, _, predictions = model(batch)
-        bias = model.main.bias(torch.zeros(2, 13, dtype=torch.bool))
-    assert {x.dtype for x in [*losses.values(), predictions["copy_logits"]]} == {torch.float32}
-    same_losses(losses, slow_forward(model, batch, predictions["corrupted"])[0], tolerance=0.1)
-    assert bias.dtype == torch.bfloat16 and bias.stride(-1) == 1
-    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+        losses, outputs = model(batch)
+        tokens = batch["tokens"][:, :13]
+        biases = [model.main.bias(tokens, padding) for padding in (False, tokens > 15)]
+    assert {x.dtype for x in [*losses.values(), outputs["copy_logits"]]} == {torch.float32}
+    same_losses(losses, slow_forward(model, batch, outputs["corrupted"])[0], tolerance=0.1)
+    for bias in biases:
+        assert bias.dtype == torch.bfloat16 and bias.stride(-1) == 1
+        assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
 
 
 @WITH_DROPOUT
 def test_flops_are_those_that_torch_counts(changes):
-    model, batch = example(lengths=(16, 16, 16), **changes)
+    model, batch = example(**changes)
     with FlopCounterMode(display=False) as counter:
-        model(batch, None, False)[0]["loss"].backward()
+        model(batch)[0]["loss"].backward()
     cosines = 3 * 2 * (2 * 3) ** 2 * model.config.width if model.config.contrastive else 0
     assert counter.get_total_flops() == 3 * coco.flops(model.config) + cosines
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Must stay green whatever the layer is: these know no architecture. (To change the layer: tests/README.md.)
+
+PATHS = pytest.mark.parametrize("encoder", ["main", "auxiliary"])
+
+
+@PATHS
+def test_output_at_positions_is_that_of_the_whole(encoder):
+    model, batch = example(auxiliary_layers=2, auxiliary_width=8)
+    encoder, tokens, positions = getattr(model, encoder), batch["tokens"], batch["masked"].flip(1)
+    for padding in (False, tokens > 15, None):
+        whole = coco.at_positions(encoder(tokens, padding), positions)
+        close(encoder(tokens, padding, positions), array(whole))
+
+
+@PATHS
+def test_padding_and_the_rest_of_the_batch_change_nothing(encoder):
+    model, batch = example(auxiliary_layers=2)
+    encoder, tokens = getattr(model, encoder), batch["tokens"].clone()
+    lengths = (16, 5, 9)
+    for row, length in zip(tokens, lengths):
+        row[length:] = PAD
+    together, order = encoder(tokens), torch.tensor([2, 0, 1])
+    close(encoder(tokens[order])[order.argsort()][0], array(together[0]))
+    for row, length, hidden in zip(tokens, lengths, together):
+        close(hidden[:length], array(encoder(row[None, :length])[0]))  # alone, without padding
+        close(hidden[:length], array(encoder(row[None, : length + 1][:, :16])[0, :length]))
+
+
+@EACH_ABLATION
+def test_a_hook_on_every_linear_fires_on_every_path(changes):
+    """So that adapters (LoRA), hooks and quantised layers see all that the layer computes."""
+    model, batch = example(**changes)
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    paths = [lambda: model(batch), lambda: model.main(batch["tokens"]), lambda: model.embed(batch["tokens"]),
+             lambda: model.main(batch["tokens"], positions=batch["masked"])]
+    fired = []
+    for name, module in linear.items():
+        module.register_forward_hook(lambda module, inputs, output, name=name: fired.append(name))
+    for path, wanted in zip(paths, [linear] + [{n for n in linear if n.startswith("main.")}] * 3):
+        fired.clear()
+        path()
+        assert set(fired) == set(wanted)
+
+
+@EACH_ABLATION
+def test_gradients_reach_every_parameter(changes):
+    model, batch = example(**changes)
+    model(batch)[0]["loss"].backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(relative_positions=False)], ids=str)
+def test_bfloat16_weights_and_export(changes):
+    """Weights of another type, and torch.export with a dynamic batch and length."""
+    model, batch = example(**changes)
+    model.eval()
+    whole = model.main(batch["tokens"])
+    half = copy.deepcopy(model).bfloat16().main(batch["tokens"])
+    assert half.dtype == torch.bfloat16 and (half.float() - whole).abs().max() < 0.2
+    sizes = {"tokens": {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("T", min=2, max=16)}}
+    tokens = batch["tokens"][:2, :13].contiguous()  # or its stride would be a size to keep
+    exported = torch.export.export(model.main, (tokens,), dynamic_shapes=sizes).module()
+    for tokens in (batch["tokens"], batch["tokens"][:2, :7], batch["tokens"][:, :8]):
+        close(exported(tokens), array(model.main(tokens)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -524,17 +599,19 @@ def test_scl_statistics(N):
 @EACH_ABLATION
 def test_a_batch_is_the_slow_one(changes):
     model, batch = example(**changes)
-    losses, statistics, predictions = model(batch)
-    expected = slow_forward(model, batch)
+    losses, outputs = model(batch)
+    statistics, expected = coco.statistics(batch, outputs), slow_forward(model, batch)
     same_losses(losses, expected[0])
     scl = {"scl_accuracy", "alignment", "uniformity"} if model.config.contrastive else set()
-    assert statistics.keys() == expected[1].keys() | scl and predictions.keys() == expected[2].keys()
+    assert statistics.keys() == expected[1].keys() | scl and outputs.keys() == expected[2].keys()
     for name, value in expected[1].items():
         close(statistics[name], value)
     for name, value in expected[2].items():
-        close(predictions[name], value)
+        close(outputs[name], value)
+    assert not any(x.requires_grad for x in [*outputs.values(), *statistics.values()])
+    assert all(x.ndim < 3 or x.shape[-1] != model.config.vocab_size for x in outputs.values())  # small
     with torch.no_grad():
-        evaluated, _, _ = model(batch, with_statistics=False)
+        evaluated, _ = model(batch)
     same_losses(evaluated, expected[0])
     assert not any(loss.requires_grad for loss in evaluated.values())
 
@@ -548,7 +625,7 @@ def test_gradient_is_the_finite_difference(changes):
     """
     model, batch = example(**changes)
     c = model.config
-    losses, _, predictions = model(batch)
+    losses, outputs = model(batch)
     losses["loss"].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     frozen = model.state_dict().keys() - trained
@@ -560,13 +637,13 @@ def test_gradient_is_the_finite_difference(changes):
         assert reached.any() if sparse or parameter.ndim == 1 else reached.all(), name
     exact, values = copy.deepcopy(model).double(), []
     stopped = c.token_task == "clm" and c.copy_mechanism and c.stop_gradient
-    held = array(predictions["copy_logits"]) if stopped else None
+    held = array(outputs["copy_logits"]) if stopped else None
     directions = {name: randn(*p.shape, seed=i).double() for i, (name, p) in enumerate(trained.items())}
     directions["main.embeddings.tokens.weight"][PAD] = 0  # a sampled [PAD] is looked up without a gradient
     for step in (1e-5, -1e-5):
         for name, parameter in trained.items():
             exact.get_parameter(name).data = parameter.data + step * directions[name]
-        values.append(slow_forward(exact, batch, predictions["corrupted"], held)[0]["loss"])
+        values.append(slow_forward(exact, batch, outputs["corrupted"], held)[0]["loss"])
     slope = sum((parameter.grad * directions[name]).sum().item() for name, parameter in trained.items())
     assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
 
@@ -575,15 +652,16 @@ def test_gradient_is_the_finite_difference(changes):
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_what_may_be_sampled(monkeypatch, lm_loss, kept):
     """Some are the original: their copy target is 1, and they are part of the LM loss. The others are [PAD],
-    attended to and counted like other tokens: the original decides what is padding."""
+    attended to and counted like other tokens: packed text has no padding."""
     model, batch = example(lm_loss=lm_loss)
     sampled = batch["tokens"].gather(1, batch["masked"])
     sampled[:, kept:] = PAD
     monkeypatch.setattr(coco, "sample", lambda logits, uniforms: sampled)
-    losses, statistics, predictions = model(batch)
-    assert torch.equal(predictions["corrupted"], batch["tokens"].scatter(1, batch["masked"], sampled))
-    same_losses(losses, slow_forward(model, batch, predictions["corrupted"])[0])
-    assert statistics["replaced_fraction"].tolist() == [9 - 3 * kept, 43]
+    losses, outputs = model(batch)
+    statistics = coco.statistics(batch, outputs)
+    assert torch.equal(outputs["corrupted"], batch["tokens"].scatter(1, batch["masked"], sampled))
+    same_losses(losses, slow_forward(model, batch, outputs["corrupted"])[0])
+    assert statistics["replaced_fraction"].tolist() == [9 - 3 * kept, 48]
     assert statistics["lm_accuracy_replaced"][1] == 9 - 3 * kept
 
 
@@ -595,9 +673,9 @@ def test_sampling_is_free_of_dropout(corruption, rate, different_losses):
     model.train()
     expected = slow_corrupt(model, batch)[0].tolist()
     passes = [model(batch) for _ in range(4)]
-    assert all(predictions["corrupted"].tolist() == expected for _, _, predictions in passes)
-    assert len({losses["mlm_loss"].item() for losses, _, _ in passes}) == different_losses
-    assert len({losses["copy_loss"].item() for losses, _, _ in passes}) == 4
+    assert all(outputs["corrupted"].tolist() == expected for _, outputs in passes)
+    assert len({losses["mlm_loss"].item() for losses, _ in passes}) == different_losses
+    assert len({losses["copy_loss"].item() for losses, _ in passes}) == 4
     same_losses(model.eval()(batch)[0], slow_forward(model, batch)[0])
 
 
@@ -618,8 +696,10 @@ def test_gathered_vectors_are_negatives(changes):
         seen[len(vectors)] = vectors
         return torch.cat([vectors, others[:len(vectors)]], dim=1)
 
-    losses, statistics, predictions = model(batch, gather)
-    assert torch.equal(seen[1][0], predictions["pooled"])
+    losses, outputs = model(batch, gather)
+    assert seen.keys() == (set() if changes else {2})
+    statistics = coco.statistics(batch, outputs, gather)
+    assert torch.equal(seen[1][0], outputs["pooled"])
     assert statistics["mean_cosine"].tolist()[1] == 7 * 6
     if changes:
         assert seen.keys() == {1}
@@ -628,9 +708,6 @@ def test_gathered_vectors_are_negatives(changes):
         assert seen[2].shape == (2, 3, 16) and seen[2].requires_grad and seen[2].dtype == torch.float32
         close(losses["scl_loss"], slow_scl(*array(torch.cat([seen[2], others], dim=1)), 1.0))
         assert statistics["scl_accuracy"].tolist()[1] == 14
-    seen.clear()
-    model(batch, gather, with_statistics=False)
-    assert seen.keys() == (set() if changes else {2})
 
 
 @pytest.mark.parametrize("changes", [
@@ -659,21 +736,67 @@ def test_initialisation(changes):
 
 
 def test_fairseq_forward(monkeypatch):
-    """Our forward as a whole on the two rows with three masked positions, given what was sampled there."""
+    """Our forward as a whole on the row without padding, given what was sampled there."""
     groups = {"param": {}, "in": {}, "out": {}}
     for key, values in np.load(FIXTURES / "fairseq_tiny.npz").items():
         group, name = key.split("/")
         groups[group][name] = torch.from_numpy(values)
-    config, weights, _ = coco.from_release(groups["param"], {"max_rel_pos": 12})
-    model, inputs, outputs = coco.COCOLM(config).eval(), groups["in"], groups["out"]
-    model.load_state_dict(weights)
-    tokens, corrupted, mask, crop = (inputs[name][:2] for name in ("tokens", "corrupted", "mask", "crop"))
-    real, sampled, seen = tokens != 1, inputs["sampled"][:6].view(2, 3), []
+    weights, inputs, outputs = convert.rename(groups["param"]), groups["in"], groups["out"]
+    model = convert.make_model(weights, convert.make_config(weights, {"max_rel_pos": 12}))[0].eval()
+    tokens, corrupted, mask, crop = (inputs[name][:1] for name in ("tokens", "corrupted", "mask", "crop"))
+    sampled, seen, T = inputs["sampled"][:3].view(1, 3), [], tokens.shape[1]
     monkeypatch.setattr(coco, "sample", lambda logits, uniforms: seen.append(logits) or sampled)
-    batch = dict(tokens=tokens, masked=mask.nonzero()[:, 1].view(2, 3), uniforms=torch.zeros(2, 3), crop=crop)
-    losses, _, predictions = model(batch)
-    close(seen[0].flatten(0, 1), array(outputs["auxiliary_logits"][:6]))
-    close(predictions["copy_logits"][real], array(outputs["copy_logits"][:real.sum()]))
-    assert torch.equal(predictions["corrupted"], corrupted)
-    assert torch.equal(predictions["lm_tokens"].flatten(), outputs["lm_logits"][:6].argmax(-1))
+    batch = dict(tokens=tokens, masked=mask.nonzero()[:, 1].view(1, 3), uniforms=torch.zeros(1, 3), crop=crop)
+    losses, found = model(batch)
+    close(seen[0][0], array(outputs["auxiliary_logits"][:3]))
+    close(found["copy_logits"][0], array(outputs["copy_logits"][:T]))
+    close(found["scl_vectors"][:, 0], array(torch.stack([outputs["seq_emb"][0], outputs["crop_seq_emb"][0]])))
+    assert torch.equal(found["corrupted"], corrupted)
+    assert torch.equal(found["lm_tokens"][0], outputs["lm_logits"][:3].argmax(-1))
     same_losses(losses, slow_forward(model, batch, corrupted)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Vectors of texts
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(contrastive=False), dict(token_task="mlm")], ids=str)
+def test_embed(changes):
+    """Equal to one text at a time without padding, in more than one batch, with dropout and without order."""
+    model, _ = example(dropout=0.5, **changes)
+    lengths = torch.randint(1, 17, (70,))
+    tokens = torch.randint(0, PAD, (70, 16)).masked_fill(torch.arange(16) >= lengths[:, None], PAD)
+    slow = [model.eval().main(row[None, :n])[0].detach().double().mean(0) for row, n in zip(tokens, lengths)]
+    slow = torch.stack([(vector / vector.square().sum().sqrt()).float() for vector in slow])
+    model.train()
+    for batch_size in (64, 7):
+        vectors = model.embed(tokens, batch_size)
+        close(vectors, slow)
+        assert vectors.dtype == torch.float32 and not vectors.requires_grad and model.training
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = model.embed(tokens)
+    assert vectors.dtype == torch.float32 and (vectors - slow).abs().max() < 0.05
+
+
+def test_embed_of_nothing():
+    """Rows of nothing but padding give zeros, alone and beside others; no rows give no vectors."""
+    model, batch = example()
+    nothing = torch.full((2, 16), PAD)
+    assert torch.equal(model.embed(nothing), torch.zeros(2, 16))
+    mixed = model.embed(torch.cat([nothing, batch["tokens"]]))
+    assert torch.equal(mixed[:2], torch.zeros(2, 16))
+    close(mixed[2:], array(model.embed(batch["tokens"])))
+    assert model.main(nothing).isfinite().all()
+    assert model.embed(torch.zeros(0, 0, dtype=torch.long)).shape == (0, 16)
+    assert torch.equal(model.embed(torch.zeros(3, 0, dtype=torch.long)), torch.zeros(3, 16))
+
+
+@pytest.mark.parametrize("texts", ["hello", ["hello"]], ids=str)
+def test_texts_are_not_token_ids(texts):
+    model, batch = example()
+    with pytest.raises(TypeError, match="tokenizer.batch"):
+        model.embed(texts)
+    with pytest.raises(TypeError, match="embed"):
+        model(batch["tokens"])
+    with pytest.raises(ValueError, match="17 tokens"):
+        model.main(torch.ones(1, 17, dtype=torch.long))

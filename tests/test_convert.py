@@ -1,18 +1,19 @@
-"""The authors' released weights and their tokenizer, Tokenizer.batch and COCOLM.embed; all in float32.
+"""convert.py: the authors' released weights and their tokenizer; all in float32.
 
 Releases are written here: the fixtures, whose outputs the authors' own code computed, and random ones.
 """
 
 import io
 import json
+import math
 import random
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import unicodedata
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 import runs
 import torch
 
+import convert
 import data
 import finetune
 import model as coco
@@ -68,6 +70,13 @@ def write_release(folder, kind, weights, config=FIXTURE, format="zip", wrap="arg
         torch.save(content, folder / file, _use_new_zipfile_serialization=format == "zip")
 
 
+def converted(source, target=None):
+    """(model, tokenizer) of a release, by way of the command"""
+    target = target or Path(tempfile.mkdtemp(), "new", "converted.pt")
+    convert.main([str(source), str(target)])
+    return train.load_checkpoint(target)
+
+
 def random_release(folder, kind, config):
     """Writes a release with random weights -> the weights, by our names
 
@@ -75,7 +84,7 @@ def random_release(folder, kind, config):
     """
     weights, *_ = official(kind)
     write_release(folder, kind, weights)
-    loaded = dict(train.load_checkpoint(folder)[0].named_parameters())
+    loaded = dict(converted(folder)[0].named_parameters())
     pairs = [(theirs, name) for theirs, tensor in weights.items() for name in loaded
              if torch.equal(tensor, loaded[name])]
     torch.manual_seed(1)
@@ -117,7 +126,7 @@ def test_fairseq_outputs_and_losses(tmp_path, layout, prefix, capsys):
     weights = {prefix + name: tensor for name, tensor in weights.items()}
     weights["classification_heads.mnli.dense.weight"] = weights[prefix + "version"] = torch.ones(1)
     write_release(tmp_path, "fairseq", weights, **layout)
-    model, _ = train.load_checkpoint(tmp_path if prefix else tmp_path / "model.pt")
+    model, _ = converted(tmp_path if prefix else tmp_path / "model.pt")
     assert model.config == FIXTURE and not model.training
     said = capsys.readouterr().out
     assert "version" in said and "classification_heads.mnli.dense.weight" in said and "anew" not in said
@@ -151,7 +160,7 @@ def test_hugging_face_outputs(tmp_path, format, prefix, capsys):
     weights, inputs, outputs = official("huggingface")
     weights = {name.replace("cocolm.", prefix): tensor for name, tensor in weights.items()}
     write_release(tmp_path, "huggingface", weights, format=format)
-    model, _ = train.load_checkpoint(tmp_path)
+    model, _ = converted(tmp_path)
     real, hidden = inputs["tokens"] != 1, model.main(inputs["tokens"])
     close(hidden[real], outputs["main_hidden"][real])
     close(model.scl_head(hidden[:, 0]), outputs["seq_emb"])
@@ -164,7 +173,7 @@ def test_hugging_face_outputs(tmp_path, format, prefix, capsys):
 def test_other_sizes(tmp_path, kind):
     """Eleven layers: their numbers have one and two digits."""
     expected = random_release(tmp_path, kind, coco.Config(vocab_size=60, **OTHER))
-    model, _ = train.load_checkpoint(tmp_path)
+    model, _ = converted(tmp_path)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]) or kind == "huggingface" and not name.startswith(
             ("main", "scl")), name
@@ -179,11 +188,11 @@ def test_weights_that_are_shared_here_alone_are_said(tmp_path, name, said, capsy
     """Those of the main Transformer are taken."""
     weights, *_ = official("fairseq")
     write_release(tmp_path, "fairseq", weights)
-    before, _ = train.load_checkpoint(tmp_path)
+    before, _ = converted(tmp_path)
     assert said not in capsys.readouterr().out
     weights[name] += 1
     write_release(tmp_path, "fairseq", weights)
-    model, _ = train.load_checkpoint(tmp_path)
+    model, _ = converted(tmp_path)
     assert said in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
@@ -194,7 +203,7 @@ def test_a_head_of_another_width_starts_anew(tmp_path, capsys):
     for name in [name for name in weights if "seq_head" in name]:
         weights[name] = torch.ones(24, *weights[name].shape[1:])
     write_release(tmp_path, "fairseq", weights)
-    model, _ = train.load_checkpoint(tmp_path)
+    model, _ = converted(tmp_path)
     assert "scl_head" in capsys.readouterr().out and not model.scl_head[0].bias.any()
 
 
@@ -209,19 +218,19 @@ def test_what_makes_no_model_is_refused(tmp_path, kind, lost, changes):
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
     write_release(tmp_path, kind, weights, **changes)
     with pytest.raises(data.InputError):
-        train.load_checkpoint(tmp_path)
+        converted(tmp_path)
 
 
 def test_a_missing_or_damaged_config(tmp_path):
     weights, *_ = official("huggingface")
     write_release(tmp_path, "huggingface", weights)
-    train.load_checkpoint(tmp_path)
+    converted(tmp_path)
     for text in ("", "{", "[]", "{}", "\0", None):
         (tmp_path / "config.json").unlink()
         if text is not None:
             (tmp_path / "config.json").write_text(text)
         with pytest.raises(data.InputError):
-            train.load_checkpoint(tmp_path)
+            converted(tmp_path)
 
 
 class Crafted:
@@ -244,11 +253,50 @@ def test_reading_runs_no_code(tmp_path, kind, format, command):
     else:
         weights["classifier.dense.bias"] = Crafted(created)
     write_release(tmp_path, kind, weights, **layout)
-    for main in (train.main, finetune.main):
-        status, said = command(main, f"--init_from={tmp_path}", f"--out_dir={tmp_path}/out")
-        assert status == 2 and "read safely" in said and "Traceback" not in said and not created.exists()
+    status, said = command(convert.main, tmp_path, tmp_path / "new.pt")
+    assert status == 2 and "read safely" in said and "Traceback" not in said
+    assert not created.exists() and not (tmp_path / "new.pt").exists()
     torch.load(next(tmp_path.glob("*model.*")), weights_only=False)
     assert created.exists()  # it would have been
+
+
+@pytest.mark.parametrize("damage", [
+    lambda w: w * math.nan, lambda w: w / 0, lambda w: w.long(), lambda w: w.to(torch.complex64)])
+def test_what_is_not_finite_is_refused(tmp_path, damage, command):
+    """What is not used may be anything, a `version` of integers, say."""
+    weights, *_ = official("fairseq")
+    weights["encoder.version"], weights["other"] = torch.tensor([3]), torch.tensor([math.nan])
+    write_release(tmp_path, "fairseq", weights)
+    converted(tmp_path)
+    weights["encoder.lm_head.bias"] = damage(weights["encoder.lm_head.bias"])
+    write_release(tmp_path, "fairseq", weights)
+    status, said = command(convert.main, tmp_path, tmp_path / "new.pt")
+    assert status == 2 and "lm_bias" in said and not (tmp_path / "new.pt").exists(), said
+
+
+@EACH_KIND
+def test_what_is_written(tmp_path, kind):
+    """A checkpoint of ours: float32 whatever the release has, the same each time, and all that COCOLM has."""
+    weights, *_ = official(kind)
+    write_release(tmp_path, kind, {name: tensor.half() for name, tensor in weights.items()})
+    for name in ("a.pt", "b.pt"):
+        convert.main([str(tmp_path), str(tmp_path / name)])
+    saved, again = data.read_torch(tmp_path / "a.pt"), data.read_torch(tmp_path / "b.pt")
+    model = coco.COCOLM(coco.Config(**saved["config"]))
+    assert saved["step"] == 0 and saved["model"].keys() == model.state_dict().keys()
+    for name, tensor in saved["model"].items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, again["model"][name]), name
+
+
+def test_wrong_arguments(tmp_path, command):
+    write_release(tmp_path, "fairseq", next(iter(official("fairseq"))))
+    (tmp_path / "there.pt").write_text("mine")
+    for source, target, word in (
+            (".", "there.pt", "exists"), (".", "folder", ".pt"), ("no", "new.pt", "not exist"),
+            (FIXTURES, "new.pt", "folder without"), ("there.pt", "new.pt", "damaged")):
+        status, said = command(convert.main, tmp_path / source, tmp_path / target)
+        assert status == 2 and word in said and "Traceback" not in said, said
+        assert not (tmp_path / "new.pt").exists() and (tmp_path / "there.pt").read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -318,7 +366,7 @@ def test_cleaning_of_random_texts():
 
 
 def test_ids_offsets_and_text(pieces):
-    tokenizer, dropped = data.Tokenizer.load(pieces), 0
+    tokenizer, dropped = convert.read_tokenizer(pieces), 0
     import sentencepiece
     processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "sp.model"))
     lines = (pieces / "dict.txt").read_text(encoding="utf-8").splitlines()
@@ -344,7 +392,7 @@ def test_ids_offsets_and_text(pieces):
 
 @pytest.mark.parametrize("text", ["cat[MASK]cat", "cat[CLS]cat", "cat[PAD]", "<s> <pad> </s>", "<mask>"])
 def test_what_spells_a_special_token_is_ordinary_text(pieces, text):
-    tokenizer = data.Tokenizer.load(pieces)
+    tokenizer = convert.read_tokenizer(pieces)
     assert not set(tokenizer.encode(text)) & set(tokenizer.special_ids.values())
 
 
@@ -359,7 +407,7 @@ def test_the_first_use_says_what_the_tokenizer_lacks(tmp_path, monkeypatch, file
     write_release(tmp_path, "fairseq", next(iter(official("fairseq"))))
     for file in files:
         (tmp_path / file).write_text(DICTIONARY)
-    _, tokenizer = train.load_checkpoint(tmp_path)
+    _, tokenizer = converted(tmp_path)
     with pytest.raises(data.InputError, match=said):
         tokenizer.batch(["a text"])
 
@@ -369,7 +417,7 @@ def test_a_damaged_sp_model(pieces, tmp_path, content):
     shutil.copy(pieces / "dict.txt", tmp_path)
     (tmp_path / "sp.model").write_bytes(content)
     with pytest.raises(data.InputError, match="sp.model"):
-        data.Tokenizer.load(tmp_path).encode("a text")
+        convert.read_tokenizer(tmp_path).encode("a text")
 
 
 @pytest.mark.parametrize("text", [
@@ -378,10 +426,10 @@ def test_a_damaged_sp_model(pieces, tmp_path, content):
 def test_a_dictionary_that_does_not_fit_is_refused(tmp_path, text):
     write_release(tmp_path, "fairseq", next(iter(official("fairseq"))))
     (tmp_path / "dict.txt").write_text(DICTIONARY)
-    assert train.load_checkpoint(tmp_path)[1].mask_id == 47
+    assert converted(tmp_path)[1].mask_id == 47
     (tmp_path / "dict.txt").write_text(text)
     with pytest.raises(data.InputError, match="dict.txt"):
-        train.load_checkpoint(tmp_path)
+        converted(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -389,14 +437,30 @@ def test_a_dictionary_that_does_not_fit_is_refused(tmp_path, text):
 
 
 @pytest.fixture(scope="session")
-def corpus(pieces, tmp_path_factory):
+def converted_releases(pieces, tmp_path_factory):
+    """kind -> (checkpoint of a random release, its weights by our names)"""
+    found = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        config = coco.Config(vocab_size=convert.read_tokenizer(pieces).vocab_size, **OTHER)
+        expected = random_release(folder, kind, config)
+        for file in pieces.iterdir():
+            shutil.copy(file, folder)
+        converted(folder, folder / "converted.pt")
+        found[kind] = folder / "converted.pt", expected
+    return found
+
+
+@pytest.fixture(scope="session")
+def corpus(converted_releases, tmp_path_factory):
     """The folder of a corpus `toy`, of their tokenizer"""
-    return runs.make_corpus(tmp_path_factory.mktemp("corpus"), encoding=str(pieces), vocab_size=None)
+    return runs.make_corpus(tmp_path_factory.mktemp("corpus"), encoding=str(converted_releases["fairseq"][0]),
+                            vocab_size=None)
 
 
 def test_a_corpus_of_their_tokenizer(pieces, corpus):
-    theirs, tokenizer = data.Tokenizer.load(pieces), data.Tokenizer.load(corpus)
-    assert tokenizer.state() == theirs.state()
+    theirs, tokenizer = convert.read_tokenizer(pieces), data.Tokenizer.load(corpus)
+    assert tokenizer.encode("the cat, sat") == theirs.encode("the cat, sat")
     val = np.fromfile(corpus / "val.bin", tokenizer.dtype).tolist()
     documents = [data.clean(text)[0] for text in (corpus.parent / "toy.txt").read_text().split("\n\n")]
     first = val[: val.index(tokenizer.sep_id)]
@@ -404,13 +468,10 @@ def test_a_corpus_of_their_tokenizer(pieces, corpus):
 
 
 @EACH_KIND
-def test_from_a_release_to_the_end(pieces, corpus, tmp_path, kind, command):
+def test_from_a_release_to_the_end(converted_releases, corpus, tmp_path, kind, command):
     """Continued pretraining, whose learning rate of 0 shows what it starts from; fine-tuning; vectors."""
-    config = coco.Config(vocab_size=data.Tokenizer.load(pieces).vocab_size, **OTHER)
-    expected = random_release(tmp_path, kind, config)
-    for file in pieces.iterdir():
-        shutil.copy(file, tmp_path)
-    options = [f"--init_from={tmp_path}", "--dtype=float32", "--device=cpu"]
+    checkpoint, expected = converted_releases[kind]
+    options = [f"--init_from={checkpoint}", "--dtype=float32", "--device=cpu"]
     training = [*options, f"--data_dir={corpus.parent}", "--dataset=toy", f"--out_dir={tmp_path}/out",
                 "--learning_rate=0", "--batch_size=4", "--max_steps=3", "--eval_batches=1"]
     for contradiction in ("--layers=2", "--max_len=32", "--relative_bins=64"):
@@ -422,8 +483,7 @@ def test_from_a_release_to_the_end(pieces, corpus, tmp_path, kind, command):
     for name, parameter in model.named_parameters():
         if kind == "fairseq" or name.startswith(("main", "scl")):
             assert torch.equal(parameter, expected[name]), name
-    assert tokenizer.state() == data.Tokenizer.load(tmp_path / "out" / "ckpt.pt").state() == \
-        data.Tokenizer.load(pieces).state()
+    assert tokenizer.state() == data.Tokenizer.load(checkpoint).state()
 
     (tmp_path / "CoLA").mkdir()
     lines = [f"x\t{i % 2}\t\tthe {'cat' if i % 2 else 'dogs'} sat\n" for i in range(32)]
@@ -433,58 +493,7 @@ def test_from_a_release_to_the_end(pieces, corpus, tmp_path, kind, command):
                            "--task=CoLA", "--epochs=1")
     assert status == 0 and (tmp_path / "fine" / "CoLA" / "seed0" / "best.pt").exists(), said
 
-    model, tokenizer = train.load_checkpoint(tmp_path)
+    model, tokenizer = train.load_checkpoint(checkpoint)
     tokens = tokenizer.batch(["the cat sat " * 20, "dogs"])
     assert tokens.shape == (2, 24)
     close(model.embed(tokens).norm(dim=1), torch.ones(2))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Texts to ids to vectors
-
-
-@pytest.mark.parametrize("pairs", [None, ["on a mat " * 9, "cats", ""]], ids=["texts", "pairs"])
-def test_batch(tmp_path, pairs):
-    words = Counter({" the": 9, " cat": 7, " sat": 5, " on": 3})
-    tokenizer = data.Tokenizer(data.train_bpe(words, 262), data.PATTERN, True)
-    texts = ["The cat", "", "the cat sat on the mat " * 3]
-    for max_len in (None, 11):
-        rows = [tokenizer.encode_pair(*both, max_len=max_len) for both in zip(texts, pairs or [None] * 3)]
-        width = max(map(len, rows))
-        batch = tokenizer.batch(texts, pairs, max_len)
-        assert batch.tolist() == [row + [tokenizer.pad_id] * (width - len(row)) for row in rows]
-        assert batch.dtype == torch.int64 and (max_len is None or width == 11)
-    with pytest.raises(AssertionError, match="list"):
-        tokenizer.batch("the cat")
-
-    config = coco.Config(tokenizer.vocab_size, max_len=16, layers=1, width=16, heads=2, auxiliary_layers=1)
-    torch.save({"model": coco.COCOLM(config).state_dict(), "config": vars(config), "step": 1,
-                "tokenizer": tokenizer.state()}, tmp_path / "ckpt.pt")
-    _, loaded = train.load_checkpoint(tmp_path / "ckpt.pt")
-    assert loaded.batch(texts, pairs).tolist() == tokenizer.batch(texts, pairs, 16).tolist()
-    corpus = runs.make_corpus(tmp_path, encoding=str(tmp_path / "ckpt.pt"), vocab_size=None)
-    assert data.Tokenizer.load(corpus).state() == tokenizer.state()
-
-
-@pytest.mark.parametrize("changes", [dict(), dict(contrastive=False), dict(token_task="mlm")], ids=str)
-def test_embed(changes):
-    """Equal to one text at a time without padding, in more than one batch, with dropout and without order."""
-    torch.manual_seed(0)
-    model = coco.COCOLM(coco.Config(60, max_len=16, layers=2, width=16, heads=2, ffn_width=24, dropout=0.5,
-                                    auxiliary_layers=1, relative_bins=8, max_distance=12, **changes))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    lengths, pad_id = torch.randint(1, 17, (70,)), model.config.pad_id
-    tokens = torch.randint(0, pad_id, (70, 16)).masked_fill(torch.arange(16) >= lengths[:, None], pad_id)
-    slow = [model.eval().main(row[None, :n])[0].detach().double().mean(0) for row, n in zip(tokens, lengths)]
-    slow = torch.stack([(vector / vector.square().sum().sqrt()).float() for vector in slow])
-    model.train()
-    for batch_size in (64, 7):
-        vectors = model.embed(tokens, batch_size)
-        close(vectors, slow)
-        assert vectors.dtype == torch.float32 and not vectors.requires_grad and model.training
-    with torch.autocast("cpu", torch.bfloat16):
-        vectors = model.embed(tokens)
-    assert vectors.dtype == torch.float32 and (vectors - slow).abs().max() < 0.05
-    with pytest.raises(AssertionError, match="embed"):
-        model(tokens)
