@@ -25,7 +25,8 @@ STYLE = {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.rig
 def draw_level(ax, y, text, x=1, ha="right"):
     """Draws a dotted line across ax, with its text above."""
     ax.axhline(y, ls=":", color=GREY, lw=2)
-    ax.annotate(text, (x, y), (0, 2), xycoords=ax.get_yaxis_transform(), textcoords="offset points", ha=ha)
+    ax.annotate(text, (x, y), (0, 2), xycoords=ax.get_yaxis_transform(), textcoords="offset points", ha=ha,
+                va="bottom")
 
 
 def label_ends(ax, labels):
@@ -82,8 +83,8 @@ def draw(folders):
             x, y = curve(rows, "val", column)
             ax.plot(x, y, **look, lw=2, marker="o", ms=4)
             labels += [(name, last, value, look["color"]) for value in y[np.isfinite(y)][-1:]]
-        trained = any(curve(rows, "train", column).size for rows in logs)
-        ax.set_title(f"{column}, validation" + ("; thin: training" if trained else ""))
+        has_training = any(curve(rows, "train", column).size for rows in logs)
+        ax.set_title(f"{column}, validation" + ("; thin: training" if has_training else ""))
         for level in {header.get("nothing_learned", {}).get(column) for header in headers} - {None}:
             draw_level(ax, level, "nothing learned")
         if len(logs) > 1:
@@ -104,9 +105,7 @@ def main(argv=None):
         print(draw(parser.parse_args(argv).runs))
     except ImportError:
         parser.exit(2, "plot.py: the figure needs a package: pip install matplotlib\n")
-    except OSError as error:
-        parser.exit(2, f"plot.py: {error.filename}: {error.strerror}.\n")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"plot.py: {error}\n")
 
 
