@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 import finetune  # noqa: E402
 from data import InputError, Parser, Tokenizer, read_meta, run_command, tell  # noqa: E402
 from model import PRESETS, Config, flops  # noqa: E402
+from plot import STYLE, draw_level, label_ends  # noqa: E402
 from train import load_checkpoint, write_file  # noqa: E402
 
 preset: Literal[tuple(PRESETS)] = "tiny"  # sizes and schedule of all rows
@@ -60,7 +61,9 @@ FINE_TUNING = {"tiny": {task: f"--learning_rate=5e-4 --epochs={2 if task == 'SST
                         for task in finetune.TASKS}}
 TWICE = ("STS-B", "CoLA")  # fine-tuned with two seeds
 ONCE = ("SST-2", "MRPC", "RTE")  # fine-tuned with one seed, and of the first pretraining seed alone
-COMPUTE_SCORE = "STS-B"  # of the part efficiency: in the main table no other score orders the rows
+COMPUTE_SCORE = "STS-B"  # against compute: in the main table no other score orders the rows
+PLATEAU_SCORES = (*TWICE, "STS-B zero-shot, [CLS]")  # compared at equal compute
+EQUAL_COMPUTE = ((10, 16), (20, 32))  # COCO-LM's steps and RTD's that cost as much, in tenths of `steps`
 PROBED = 10_000  # training examples of a linear probe, at most
 DECAYS = (1e-3, 1e-2, 1e-1, 1)  # weight decays from which a probe chooses
 BINS = 50  # of the histograms of cosines, from -1 to 1
@@ -95,7 +98,6 @@ def plan(args):
         rows += [("main", *row, seed, args.steps) for row in (MAIN | (SEED_1 if seed == 1 else {})).items()]
     rows += [("efficiency", name, MAIN[name], seed, args.steps // part)
              for seed in all_seeds for part in (2, 4) for name in ("COCO-LM", "RTD")]
-    # 1.6 times the steps of RTD cost what COCO-LM's do
     rows += [("plateau", name, MAIN[name], seed, args.steps * tenths // 10)
              for name, tenths in (("RTD", 16), ("COCO-LM", 20), ("RTD", 32)) for seed in all_seeds]
     rows += [("small", f"relative_init {init}", f"--relative_init={init}", seed, args.steps // 3)
@@ -318,12 +320,7 @@ CONTRASTS = [("main", *rows) for rows in (
     ("CLM", "all-token MLM"), ("COCO-LM", "RTD + SCL"), ("COCO-LM", "untrained"))]
 CONTRASTS += [("ablations", name, "COCO-LM") for name in ABLATIONS if name != "COCO-LM"]
 COLOURS = {"COCO-LM": "#3d85c6", "CLM": "#3f9b5b", "RTD": "#d9822b", "MLM": "#9b6bbf", "RTD + SCL": "#b8860b",
-           "all-token MLM": "#cc4b4b", "untrained": "#808080", "relative_init local": "#3d85c6",
-           "relative_init normal": "#d9822b"}
-STYLE = {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 11,
-         "axes.titlesize": 11, "axes.titlelocation": "left", "axes.ymargin": 0.12} | dict.fromkeys(
-    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
-    "#808080")  # grey can be read on white and on black
+           "all-token MLM": "#cc4b4b", "relative_init local": "#3d85c6", "relative_init normal": "#d9822b"}
 
 
 def points(result):
@@ -360,10 +357,20 @@ def statistics(by_seed):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, len(values)
 
 
-def paired(values):
-    """(part, rows, measure; of their differences the mean, sd, seeds, and the 95 % interval of the mean)"""
-    scores = {key[1:4]: by_seed for key, by_seed in values.items() if key[0] == "scores"}
-    for part, one, other in CONTRASTS:
+def paired(values, steps):
+    """(part, rows, measure; of their differences the mean, sd, seeds, and the 95 % interval of the mean)
+
+    In the part plateau, which compares at equal compute, a row's name has its steps.
+    """
+    scores, contrasts = {}, list(CONTRASTS)
+    for one, other in EQUAL_COMPUTE:
+        contrasts.append(("plateau", f"COCO-LM {steps * one // 10}", f"RTD {steps * other // 10}"))
+    for (table, part, row, measure, x), by_seed in values.items():
+        if table == "scores" and part != "plateau":
+            scores[part, row, measure] = by_seed
+        if table == "scores" and part in ("main", "plateau") and measure in PLATEAU_SCORES:
+            scores["plateau", f"{row} {x}", measure] = by_seed
+    for part, one, other in contrasts:
         for measure in [key[2] for key in scores if key[:2] == (part, one)]:
             a, b = scores[part, one, measure], scores.get((part, other, measure), {})
             if both := a.keys() & b.keys():
@@ -373,22 +380,23 @@ def paired(values):
 
 
 def against_compute(values, name):
-    """PFLOP -> {seed: score} of its runs, the shortest first"""
-    return {statistics(values["scores", part, name, "petaflop", steps])[0]: by_seed
+    """steps -> (PFLOP, {seed: score}) of the runs with this name, the shortest first"""
+    runs = {steps: (statistics(values["scores", part, name, "petaflop", steps])[0], by_seed)
             for (table, part, row, measure, steps), by_seed in values.items()
-            if (table, row, measure) == ("scores", name, COMPUTE_SCORE) and part in ("efficiency", "main")}
+            if (table, row, measure) == ("scores", name, COMPUTE_SCORE) and part != "ablations"}
+    return dict(sorted(runs.items()))
 
 
-def needed(values):
-    """(seed, share of RTD's FLOPs with which COCO-LM has the score of RTD's longest run)
+def needed(values, steps):
+    """(seed, share of the FLOPs of RTD's run of so many steps with which COCO-LM has its score)
 
-    Straight lines over the logarithm of FLOPs join COCO-LM's scores. "< 0.4": its shortest run, with 0.4 of
-    the FLOPs, has a higher score; "> 1.6": its longest one has a lower score.
+    Straight lines over the logarithm of FLOPs join COCO-LM's runs of at most as many steps. "< 0.4": the
+    shortest one, with 0.4 of the FLOPs, has a higher score; "> 1.6": the longest one has a lower score.
     """
-    runs, rtd = against_compute(values, "COCO-LM"), against_compute(values, "RTD")
-    rtd_flops = max(rtd, default=0)
-    for seed, goal in rtd.get(rtd_flops, {}).items():
-        curve = [(flops, scores[seed]) for flops, scores in runs.items() if seed in scores]
+    runs = [run for length, run in against_compute(values, "COCO-LM").items() if length <= steps]
+    rtd_flops, goals = against_compute(values, "RTD").get(steps, (0, {}))
+    for seed, goal in goals.items():
+        curve = [(flops, scores[seed]) for flops, scores in runs if seed in scores]
         if len(curve) > 1:
             shares = [x / rtd_flops * (x1 / x) ** ((goal - y) / (y1 - y))
                       for (x, y), (x1, y1) in zip(curve, curve[1:]) if y <= goal <= y1 and y < y1]
@@ -409,28 +417,32 @@ def line(by_x):
     return np.array([(x, *statistics(by_seed)[:2]) for x, by_seed in by_x.items()], float).reshape(-1, 3).T
 
 
-def figure(name, xlabel, *panels):
-    """Panels (title, [(label, row, style, line)]) below each other, which suits narrow screens.
+def figure(name, xlabel, *panels, across=False, levels=(), **scale):
+    """Panels (title, [(label, row, style, line)]) below each other, which suits narrow screens, or across.
 
-    A band is one standard deviation. A label stands at the end of its line.
+    A band is one standard deviation. A label stands at the end of its line. levels: arguments of draw_level;
+    scale: properties of the axes, which all panels share
     """
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt, ticker
     plt.rcParams.update(STYLE)
-    _, axes = plt.subplots(len(panels), figsize=(5.2, 2.4 * len(panels)), layout="constrained", squeeze=False)
-    for ax, (title, lines) in zip(axes[:, 0], panels):
+    rows, columns, size = (1, len(panels), (9, 2.6)) if across else (len(panels), 1, (5.2, 2.4 * len(panels)))
+    _, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=across)
+    for ax, (title, lines) in zip(axes.flat, panels):
         ax.set_title(title)
-        lines = [each for each in lines if each[-1].size]
         for _, row, style, (x, y, sd) in lines:
             ax.plot(x, y, style, color=COLOURS[row], lw=2)
             ax.fill_between(x, y - sd, y + sd, color=COLOURS[row], alpha=0.3, lw=0)
-        (low, high), label_y = ax.get_ylim(), math.inf
-        for label, row, _, (x, y, _) in sorted(lines, key=lambda each: -each[-1][1, -1]):
-            if label:
-                label_y = min(y[-1], label_y - (high - low) / 9)  # labels do not overlap
-                ax.annotate(label, (x[-1], label_y), (4, 0), textcoords="offset points", va="center",
-                            color=COLOURS[row], annotation_clip=False)
+        for level in levels:
+            draw_level(ax, *level)
         ax.locator_params(axis="x", nbins=6)
-    ax.set_xlabel(xlabel)
+        ax.set(**scale)
+        if ax.get_xscale() == "log":
+            ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
+    for ax, (_, lines) in zip(axes.flat, panels):  # now that the panels' common scale is known
+        label_ends(ax, [(label, x[-1], y[-1], COLOURS[row]) for label, row, _, (x, y, _) in lines if len(x)])
+    axes[-1, columns // 2].set_xlabel(xlabel)
     plt.savefig(ASSETS / f"{name}.png", dpi=160)
     plt.close()
 
@@ -451,9 +463,9 @@ def draw_figures(values):
            ("LM head: accuracy at replaced tokens", curves("lm_accuracy_replaced", *copying)))
     figure("space", "cosine of the [CLS] vectors of two sentences of STS-B", *(
         (f"{row}: share of the pairs", [
-            (pairs, row, style, measured("space", row, f"[CLS], {pairs}")[:, 35:])  # cosines from 0.4
+            (pairs, row, style, measured("space", row, f"[CLS], {pairs}")[:, 42:])  # cosines from 0.7
             for pairs, style in (("random", ":"), ("similar", "-"))])
-        for row in ("COCO-LM", "CLM", "RTD")))
+        for row in ("COCO-LM", "CLM", "RTD")), across=True, xlim=(0.7, 1))
     figure("uniformity", "steps",
            ("alignment: mean squared distance of a text and its crop",
             curves("alignment", "COCO-LM", "RTD + SCL")),
@@ -461,12 +473,16 @@ def draw_figures(values):
            ("mean cosine of the hidden states of two texts", curves("mean_cosine", *MAIN)))
     figure("small", "steps", *((measure, curves(measure, "relative_init local", "relative_init normal"))
                                for measure in ("mlm_loss", "copy_auc", "mean_cosine")))
-    runs = {row: against_compute(values, row) for row in ("COCO-LM", "RTD")}
-    untrained = values.get(("scores", "main", "untrained", COMPUTE_SCORE, 1))
-    level = dict.fromkeys(sorted([*runs["COCO-LM"], *runs["RTD"]]), untrained) if untrained else {}
-    figure("efficiency", "compute of pretraining, PFLOP", (f"{COMPUTE_SCORE}, fine-tuned, Pearson", [
-        *((row, row, "o-", line(by_compute)) for row, by_compute in runs.items()),
-        ("untrained", "untrained", ":", line(level))]))
+    runs = {row: dict(against_compute(values, row).values()) for row in ("COCO-LM", "RTD")}
+    if computes := [*runs["COCO-LM"], *runs["RTD"]]:
+        levels = ((("untrained", COMPUTE_SCORE, 1), "untrained"),
+                  (("bag of words", "STS-B zero-shot, bag", 0), "bag of words, zero-shot", 0, "left"))
+        levels = [(statistics(values["scores", "main", *key])[0], *text)
+                  for key, *text in levels if ("scores", "main", *key) in values]
+        lines = [(row, row, "o-", line(by_compute)) for row, by_compute in runs.items()]
+        figure("efficiency", "compute of pretraining, PFLOP",
+               (f"fine-tuned {COMPUTE_SCORE} (Pearson) against compute of pretraining", lines),
+               levels=levels, xscale="log", xlim=(0.9 * min(computes), 1.02 * max(computes)))
 
 
 def draw(args):
@@ -482,8 +498,10 @@ def draw(args):
     for name, x in (("scores", "steps"), ("curves", "step"), ("space", "cosine")):
         write_csv(name, f"part row measure {x} mean sd seeds", [
             (*key[1:], *statistics(by_seed)) for key, by_seed in values.items() if key[0] == name])
-    write_csv("paired", "part difference measure mean sd seeds low high", paired(values))
-    write_csv("needed", "seed share", needed(values))
+    write_csv("paired", "part difference measure mean sd seeds low high", paired(values, args.steps))
+    write_csv("needed", "seed share", needed(values, args.steps))
+    if shares := list(needed(values, args.steps * EQUAL_COMPUTE[-1][1] // 10)):
+        write_csv("needed_plateau", "seed share", shares)
     try:
         draw_figures(values)
     except ImportError:

@@ -36,11 +36,23 @@ def test_train_takes_the_options_of_all_rows():
 def test_paired_differences_are_of_the_same_seed():
     records = [record("COCO-LM", s, 10, x) for s, x in ((1, 5.0), (2, 7.0), (3, 9.0))]
     records += [record("RTD", s, 10, x) for s, x in ((3, 5.0), (1, 4.0), (2, 4.0), (4, 50.0))]
-    found = {row[:3]: row[3:] for row in study.paired(study.table(records))}
+    found = {row[:3]: row[3:] for row in study.paired(study.table(records), 10)}
     mean, sd, n, low, high = found["main", "COCO-LM - RTD", "STS-B"]
     assert (mean, n) == (pytest.approx(8 / 3), 3)  # 1, 3, 4
     assert sd == pytest.approx(math.sqrt((25 + 1 + 16) / 9 / 2))
     assert (low + high) / 2 == pytest.approx(mean) and high - mean == pytest.approx(4.303 * sd / math.sqrt(3))
+    assert {row[0] for row in found} == {"main"}  # no run of RTD cost what a run of COCO-LM did
+
+
+def test_paired_differences_at_equal_compute():
+    records = [record("COCO-LM", seed, 10, 5.0) for seed in (1, 2)] + [record("RTD", 1, 10, 1.0)]
+    records += [record("RTD", 1, 16, 4.0, part="plateau"), record("RTD", 2, 16, 2.0, part="plateau")]
+    records += [record("COCO-LM", 1, 20, 9.0, part="plateau"), record("RTD", 1, 32, 3.0, part="plateau")]
+    found = {row[1:3]: row[3:6] for row in study.paired(study.table(records), 10) if row[0] == "plateau"}
+    assert found.keys() == {(f"COCO-LM {one} - RTD {other}", score)
+                            for one, other in ((10, 16), (20, 32)) for score in ("STS-B", "CoLA")}
+    assert found["COCO-LM 10 - RTD 16", "STS-B"] == (2, pytest.approx(math.sqrt(2)), 2)  # 1, 3
+    assert found["COCO-LM 20 - RTD 32", "CoLA"] == (6, None, 1)
 
 
 def test_needed_compute():
@@ -51,7 +63,14 @@ def test_needed_compute():
         records += [record("RTD", seed, 50, 9.0, 400, "efficiency"), record("RTD", seed, 100, goal, 800)]
     records += [record("RTD", 5, 100, 2.0, 800), record("COCO-LM", 5, 100, 4.0, 1600)]  # one run: no line
     expected = [pytest.approx(200 / 800), pytest.approx(800 / 800), "> 2.000", "< 0.125"]
-    assert list(study.needed(study.table(records))) == list(enumerate(expected, 1))
+    assert list(study.needed(study.table(records), 100)) == list(enumerate(expected, 1))
+    assert list(study.needed(study.table(records), 320)) == []
+    records += [record("RTD", 1, 160, 2.5, 1600, "plateau"), record("RTD", 1, 320, 5.0, 3200, "plateau"),
+                record("COCO-LM", 1, 200, 6.0, 3200, "plateau")]
+    assert list(study.needed(study.table(records), 100)) == list(enumerate(expected, 1))
+    assert list(study.needed(study.table(records), 320)) == [(1, pytest.approx(math.sqrt(1 / 2)))]
+    computes = [flops for flops, _ in study.against_compute(study.table(records), "RTD").values()]
+    assert computes == sorted(computes) and len(computes) == 4
 
 
 def test_draw_gives_the_same_csvs(tmp_path, monkeypatch):
