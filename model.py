@@ -123,8 +123,8 @@ PRESETS = {  # what differs from Config's sizes, which are those of base
 RANGES = {  # a number is finite and not negative; these have a tighter range, both ends included
     **dict.fromkeys(("layers", "width", "heads", "ffn_width", "auxiliary_layers"), (1, 2**22)),
     "vocab_size": (8, 2**31 - 1), "max_len": (8, 2**20), "relative_bins": (8, 4096),
-    "max_distance": (4, 2**20), "dropout": (0, 0.9), "auxiliary_dropout": (0, 0.9), "mask_fraction": (0.01, 0.4),
-    "crop": (0.01, 1), "temperature": (1e-3, math.inf),
+    "max_distance": (4, 2**20), "dropout": (0, 0.9), "auxiliary_dropout": (0, 0.9), "crop": (0.01, 1),
+    "mask_fraction": (0.01, 0.4), "temperature": (1e-3, math.inf),
 }
 
 
@@ -208,10 +208,10 @@ def drop(x, dropout):
 
 
 def attention(q, k, v, bias, dropout):
-    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, Q, d), k and v (B, H, T, d), bias (B or 1, H, Q, >= T).
+    """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, Q, d), k and v (B, H, T, d), bias (B, H, Q, T).
 
-    CUDA's fused kernels take the bias, in the type of q, and the dropout. On the CPU both send
-    scaled_dot_product_attention to its slow path, so there it is written out, with a bias (B, H, Q, T).
+    CUDA's fused kernels take the bias, in the type of q, and the dropout; the bias may be (1, H, Q, W), with
+    W > T. On the CPU both send scaled_dot_product_attention to its slow path, so there it is written out.
     """
     if q.device.type != "cpu":
         bias = bias[..., : k.shape[2]]
@@ -241,7 +241,7 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, x, bias, dropout, positions=None):
-        """x (B, T, D), bias (B, H, T, T) -> (B, T, D); at positions (B, K) with bias (B, H, K, T) -> (B, K, D)"""
+        """x (B, T, D), bias (B, H, T, T) -> (B, T, D); positions (B, K), bias (B, H, K, T) -> (B, K, D)"""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         if positions is not None:  # queries of a few positions; keys and values of all
             q, x = at_positions(q, positions), at_positions(x, positions)  # (B, K, D)
@@ -298,9 +298,9 @@ class Encoder(nn.Module):
     def bias(self, tokens, padding):
         """What is added to the attention logits of tokens (B, T): relative positions, (1, H, T, W).
 
-        With padding (B, T) it is (B, H, T, W), -inf at padding keys. CUDA's fused kernels want the bias in the
-        type that attention computes in, and its rows at multiples of 8 elements; otherwise they copy it in
-        every layer. So W is the next such multiple above max_len; the columns behind T are not used.
+        With padding (B, T) it is (B, H, T, W), -inf at padding keys. CUDA's fused kernels want it in the type
+        that attention computes in, and its rows at multiples of 8 elements; otherwise they copy it in every
+        layer. So W is the next such multiple above max_len; the columns behind T are not used.
         """
         T = tokens.shape[1]
         if self.relative is None:
@@ -328,8 +328,9 @@ class Encoder(nn.Module):
             dropout = self.dropout if self.training else 0.0
         x = self.narrow(drop(self.embeddings(tokens), dropout))
         bias = self.bias(tokens, padding)
+        B, T = tokens.shape
         if tokens.device.type == "cpu":  # once for all layers: the CPU's attention cannot broadcast
-            bias = bias[..., : tokens.shape[1]].expand(tokens.shape[0], -1, -1, -1).contiguous()  # (B, H, T, T)
+            bias = bias[..., :T].expand(B, -1, -1, -1).contiguous()  # (B, H, T, T)
         for layer in self.layers[:-1]:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, bias, dropout, use_reentrant=False)
@@ -337,7 +338,7 @@ class Encoder(nn.Module):
                 x = layer(x, bias, dropout)
         if positions is not None:
             index = positions[:, None, :, None].expand(-1, self.heads, -1, bias.shape[3])
-            bias = bias.expand(tokens.shape[0], -1, -1, -1).gather(2, index)  # (B, H, K, W)
+            bias = bias.expand(B, -1, -1, -1).gather(2, index)  # (B, H, K, W)
         return self.layers[-1](x, bias, dropout, positions)
 
 
@@ -563,7 +564,7 @@ class COCOLM(nn.Module):
         return tokens.scatter(1, masked, sampled), loss, logits.detach().argmax(-1)
 
     def corrective_lm_loss(self, lm_logits, copy_logits, originals, same):
-        """L_LM at the masked positions; it does not train the copy head. [paper]  (B, K, V), 3 x (B, K) -> ()"""
+        """L_LM [paper] at the masked positions; it does not train the copy head.  (B, K, V), (B, K) -> ()"""
         c = self.config
         if c.stop_gradient:
             copy_logits = copy_logits.detach()
@@ -590,14 +591,14 @@ class COCOLM(nn.Module):
         """
         if not isinstance(batch, dict):
             raise TypeError("a batch is a dict; for token ids call model.embed or model.main")
-        c, tokens, masked = self.config, batch["tokens"], batch["masked"]
-        losses, outputs, copy_logits, lm_logits = {}, {}, None, None
+        c, losses, outputs = self.config, {}, {}
+        tokens, masked, uniforms = batch["tokens"], batch["masked"], batch["uniforms"]
 
         # the auxiliary Transformer corrupts the text
         if c.has_auxiliary:
-            corrupted, losses["mlm_loss"], outputs["mlm_tokens"] = self.corrupt(tokens, masked, batch["uniforms"])
+            corrupted, losses["mlm_loss"], outputs["mlm_tokens"] = self.corrupt(tokens, masked, uniforms)
         else:
-            corrupted = self.corrupt_without_auxiliary(tokens, masked, batch["uniforms"])
+            corrupted = self.corrupt_without_auxiliary(tokens, masked, uniforms)
 
         # the main Transformer reads the corrupted text
         hidden = self.main(corrupted, padding=False)  # (B, T, D)
@@ -665,9 +666,9 @@ class COCOLM(nn.Module):
     def embed(self, tokens, batch_size=64):
         """Vectors of texts: the mean of the main Transformer's hidden states, scaled to length 1.
 
-        tokens (B, T), padded, as Tokenizer.batch gives them -> (B, D), float32, on the same device. A row of
-        padding alone gives zeros. Rows are sorted by length, so that a batch has little padding. Of [CLS], the
-        SCL head and this mean, the mean was closest to human scores of similarity. [ours]
+        tokens (B, T), padded -> (B, D), float32, on the same device. A row of padding alone gives zeros. Rows
+        are sorted by length, so that a batch has little padding. Of [CLS], the SCL head and this mean, the
+        mean was closest to human scores of similarity. [ours]
         """
         if not isinstance(tokens, torch.Tensor):
             raise TypeError("embed takes token ids (B, T): model.embed(tokenizer.batch(texts))")
@@ -688,15 +689,15 @@ def flops(c):
     """Floating-point operations of training on one sequence: all matrix products of both Transformers, of the
     crop's pass and of the heads, forward and backward. The 2N x 2N cosines are left out.
 
-    Nothing is counted for recomputing, and behind its keys, queries and values the last layer only where it is
-    read. A product of (n, k) and (k, m) is 2 n k m operations; the backward pass takes twice the forward's.
+    Nothing is counted for recomputing, and the last layer, behind q, k and v, only where it is read. A
+    product of (n, k) and (k, m) is 2 n k m operations; the backward pass takes twice the forward's.
 
     >>> flops(Config.from_preset("base", vocab_size=32768)) / 1e9     # of 512 tokens: 636.0
     """
     def encoder(layers, width, T, read):
         """Multiply-adds of a pass over T tokens whose last layer is read at some of them."""
-        qkv = 3 * width * width
-        rest = width * (width + 2 * round(c.ffn_width * width / c.width) + 2 * T)  # output, feed-forward, attention
+        qkv, ffn_width = 3 * width * width, round(c.ffn_width * width / c.width)
+        rest = width * (width + 2 * ffn_width + 2 * T)  # of a token: output, feed-forward, attention
         narrow = width * c.width if width != c.width else 0
         return T * (narrow + layers * qkv) + ((layers - 1) * T + read) * rest
 

@@ -121,7 +121,8 @@ def read_settings(argv):
     if start not in STARTS:
         checkpoint = read_checkpoint(start)
         sizes = {name: value for name, value in checkpoint["config"].items() if name in SIZES}
-        preset = checkpoint.get("settings", {}).get("preset", preset)
+        its_preset = checkpoint.get("settings", {}).get("preset")  # a converted release may be like none
+        preset = its_preset if its_preset in PRESETS else preset
         if chosen.setdefault("preset", preset) != preset:
             raise InputError(f"{start} has preset={preset}, not {chosen['preset']}: leave --preset out.")
     args = Namespace(**defaults | SCHEDULES[preset] | PRESETS[preset] | sizes | constants | chosen)
@@ -144,7 +145,7 @@ def check_settings(args):
     if args.contrastive and not args.negatives:
         raise InputError("there are no negatives: choose a larger micro_batch_size or --contrastive=False.")
     if (args.corruption == "frozen") != bool(args.auxiliary_from):
-        raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT need each other: give both or neither.")
+        raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT need each other.")
     make_config(args, vocab_size=2**16)
 
 
@@ -393,7 +394,8 @@ def restore(checkpoint, path, model, optimizer, scaler, settings):
         raise InputError(f"{path} was made with other settings. To resume it give "
                          f"{' '.join(again) or 'the same text: the checksums of the corpus differ'}.")
     if settings["contrastive"] and "negatives" in changes:
-        print0(f"warning: {settings['negatives']} negatives for each sequence vector, not {before['negatives']}")
+        print0(f"warning: {changes['negatives']} negatives for each sequence vector, "
+               f"not {before['negatives']}")
     model.load_state_dict(checkpoint["model"])
     # restore Adam's moments only; keep our own parameter groups
     optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
@@ -402,21 +404,22 @@ def restore(checkpoint, path, model, optimizer, scaler, settings):
 
 
 def take_weights(model, path, tokenizer, part=""):
-    """Copies the weights of another run whose names begin with `part`. Says what starts anew or is not used."""
+    """Copies a checkpoint's weights whose names begin with `part`. Says what starts anew or is unused."""
     checkpoint = read_checkpoint(path)
     if checkpoint["tokenizer"] != tokenizer.state():
-        raise InputError(f"{path} has another vocabulary than this corpus; prepare the corpus with its tokenizer:"
-                         f" python data.py PATH --encoding={path}")
+        raise InputError(f"{path} has another vocabulary than this corpus; prepare the corpus with its "
+                         f"tokenizer: python data.py PATH --encoding={path}")
     for name in sorted(SIZES - ({"dropout", "layers"} if part else MAY_DIFFER)):
-        wanted, there = getattr(model.config, name), checkpoint["config"].get(name, getattr(model.config, name))
-        if there != wanted:
-            raise InputError(f"{path} has {name}={there}, this run {name}={wanted}.")
+        here = getattr(model.config, name)
+        if (there := checkpoint["config"].get(name, here)) != here:
+            raise InputError(f"{path} has {name}={there}, this run {name}={here}.")
     # only a frozen auxiliary has embeddings of its own; any other uses the main model's
     shared = () if model.config.corruption == "frozen" else "auxiliary.embeddings."
     saved, state = ({name: tensor for name, tensor in weights.items()
                      if name.startswith(part) and not name.startswith(shared)}
                     for weights in (checkpoint["model"], model.state_dict()))
-    taken = {name: saved[name] for name in saved.keys() & state.keys() if saved[name].shape == state[name].shape}
+    taken = {name: tensor for name, tensor in saved.items()
+             if name in state and tensor.shape == state[name].shape}
     if lost := [name for name in state if name.startswith(part or "main.") and name not in taken]:
         raise InputError(f"{path} has no {lost[0]}.")
     model.load_state_dict(taken, strict=False)
@@ -469,7 +472,7 @@ def average(totals):
 
 
 def forward_backward(ddp, upcoming, step, args, device, autocast, scaler, logged):
-    """Accumulates the gradients of a step's passes -> name -> (sum, count), with statistics if it is logged."""
+    """Accumulates the gradients of a step's passes -> name -> (sum, count); statistics if it is logged."""
     totals = {}
     for part in range(args.accumulation):
         batch = to_device(next(upcoming), device)
@@ -534,9 +537,9 @@ def evaluate(model, sequences, args, device, autocast):
 def git_state():
     """The commit of this code, and whether its files were modified since; {} where git is not there."""
     def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, check=True)
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return {"commit": git("rev-parse", "HEAD").stdout.strip(),
+        return {"commit": git("rev-parse", "HEAD").stdout.decode().strip(),
                 "modified": bool(git("status", "--porcelain", "--untracked-files=no").stdout)}
     return {}
 
@@ -562,9 +565,10 @@ def report(args, config, model, train, val, start, floors):
     compiled = ", compiled" if args.compile else ""
     print0(f"device      {WORLD} x {args.device} ({hardware}), {args.dtype}{compiled}")
     print0(f"parameters  {', '.join(f'{name} {n:,}' for name, n in counts.items())}")
-    print0(f"text        {train.path.parent}: {len(train.tokens):,} tokens, {len(val.tokens):,} for validation")
-    print0(f"step        {args.batch_size * args.max_len:,} tokens = {WORLD} processes x {args.accumulation} passes"
-           f" x {args.micro_batch_size} sequences x {args.max_len}")
+    print0(f"text        {train.path.parent}: {len(train.tokens):,} tokens, {len(val.tokens):,} for "
+           f"validation")
+    print0(f"step        {args.batch_size * args.max_len:,} tokens = {WORLD} processes x {args.accumulation} "
+           f"passes x {args.micro_batch_size} sequences x {args.max_len}")
     if args.contrastive:
         print0(f"negatives   {args.negatives} for each sequence vector")
     print0(f"run         preset {args.preset}, steps {start:,} to {args.max_steps:,}, {epochs:,.1f} epochs, "
@@ -647,7 +651,7 @@ def save(out, log, checkpoint, keep, required):
 
 def show_what_was_learned(batch, outputs, tokenizer, floors, final):
     """Validation text, what the auxiliary made of it, and what the main model says to that; the scores."""
-    print0("\n  validation text, with [original: what the auxiliary put, p(original) > main model's correction]")
+    print0("\n  validation text, with [original: auxiliary's token, p(original) > main model's correction]")
     for row, tokens in enumerate(batch["tokens"][:2]):
         words, corrupted = tokenizer.pieces(tokens), outputs["corrupted"][row]
         for k, i in enumerate(batch["masked"][row].tolist()):
@@ -667,8 +671,8 @@ def show_what_was_learned(batch, outputs, tokenizer, floors, final):
         if name in final:
             better = "↓" if name in ("mlm_loss", "mean_cosine") else "↑"
             print0(f"  {better} {name:24}{final[name]:12.4f}{floor:17.4f}")
-    print0("  A good model gives replaced tokens a low p and proposes the original. copy_auc compares only at equal")
-    print0("  mlm_loss: what a weak auxiliary puts is easy to detect.")
+    print0("  A good model gives replaced tokens a low p and proposes the original.\n"
+           "  copy_auc compares only at equal mlm_loss: what a weak auxiliary puts is easy to detect.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -710,8 +714,8 @@ def make_model(config, tokenizer, args, device):
 def wrap(model, example, autocast):
     """The model in DistributedDataParallel, if there are several processes.
 
-    DDP sorts its buckets after the first pass, and with them the order of sums. An unused pass comes first, so
-    that a resumed run adds in the order of an undisturbed one.
+    DDP sorts its buckets after the first pass, and with them the order of sums. An unused pass comes first,
+    so that a resumed run adds in the order of an undisturbed one.
     """
     if WORLD == 1:
         return model
@@ -740,7 +744,7 @@ def main(argv):
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
     # out_dir is locked before anything is looked for in it
-    out, start, skipped, changes = Path(args.out_dir), 0, 0, {}  # skipped: steps that float16's scaler skipped
+    out, start, changes, skipped = Path(args.out_dir), 0, {}, 0  # skipped: steps, by float16's scaler
     if args.init_from == "resume" and not out.exists():
         raise InputError(f"{out} does not exist, so there is no checkpoint to resume from.")
     held = lock(out) if RANK == 0 else None
@@ -814,9 +818,9 @@ def main(argv):
         times.append(time.perf_counter() - began)
         if logged:
             seconds, times = sum(times) / len(times), []
-            row = {"tokens": (step + 1) * step_tokens, "tokens_per_sec": round(step_tokens / seconds), "lr": lr,
-                   "tflops": args.batch_size * flops(config) / seconds / WORLD / 1e12, "grad_norm": grad_norm,
-                   **average(totals)}
+            row = {"tokens": (step + 1) * step_tokens, "tokens_per_sec": round(step_tokens / seconds),
+                   "tflops": args.batch_size * flops(config) / seconds / WORLD / 1e12, "lr": lr,
+                   "grad_norm": grad_norm, **average(totals)}
             if scaler.is_enabled():
                 row["skipped_steps"] = skipped
             if RANK == 0:

@@ -68,7 +68,7 @@ def ours(preset, without=""):
         masked = torch.rand(B, T - 1).argsort(1)[:, : c.masked].sort(1).values + 1
         batch = {"tokens": tokens, "masked": masked, "uniforms": torch.rand(B, c.masked),
                  "crop": tokens[:, : c.crop_len + 1].contiguous()}
-        return model(batch, None, False)[0]["loss"]
+        return model(batch)[0]["loss"]
     return loss, list(model.parameters())
 
 
