@@ -346,9 +346,28 @@ def lower(text):
 
 
 def count_words(chunk, share=1.0):
-    """How often each word of PATTERN occurs in a share of the pieces; those are the last to be in val.bin."""
+    """How often each word of PATTERN occurs in a share of the pieces; those are the last to be in val.bin.
+
+    Text without spaces makes long words: they are counted in parts of 100 characters.
+    """
     chosen = (text for _, text in chunk if fingerprint(text) >= (1 - share) * 2**64)
-    return Counter(word for text in chosen for word in regex.findall(PATTERN, text))
+    words = (word for text in chosen for word in regex.findall(PATTERN, text))
+    return Counter(word[start : start + 100] for word in words for start in range(0, len(word), 100))
+
+
+def new_neighbours(parts, pair, new):
+    """(neighbours before, neighbours after) the pair between the parts of a word becomes the token `new`.
+
+        parts "fl", "er" and pair "ow": ("lo", "l" + new), ("we", new + "e")
+    """
+    left, right = pair
+    for place, (before, after) in enumerate(itertools.pairwise(parts)):
+        if before:
+            yield before[-1] + left, before[-1] + new
+        elif place > 0:  # the pair stood there twice in a row
+            yield right + left, new + new
+        if after:
+            yield right + after[0], new + after[0]
 
 
 def train_bpe(words, size):
@@ -356,16 +375,16 @@ def train_bpe(words, size):
 
         {"low": 5, "lower": 2}: the most frequent pair is l+o (7 times), then lo+w (7), then e+r (2) ...
 
-    Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. Pair
-    counts are kept up to date, so a step touches only the words that hold the pair. A word is spelled as a
-    text whose characters are token ids, so that str.replace merges a pair.
+    Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. A word
+    is spelled as a text whose characters are token ids. It is split at the pair; only the ends of its parts
+    get new neighbours, so a step costs as much as there are places of the pair, however long the words are.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     spelled = [word.encode().decode("latin-1") for word in words]  # byte 65 is chr(65)
     frequency = list(words.values())
     counts, where = Counter(), defaultdict(list)
     for index, text in enumerate(spelled):
-        for pair in itertools.pairwise(text):
+        for pair in map("".join, itertools.pairwise(text)):
             counts[pair] += frequency[index]
             where[pair].append(index)
     heap = [(-count, pair) for pair, count in counts.items()]
@@ -384,15 +403,13 @@ def train_bpe(words, size):
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         progress(len(tokens))
         for index in set(where.pop(pair)):
-            before = spelled[index]
-            after = spelled[index] = before.replace("".join(pair), new)
-            for old in itertools.pairwise(before):
+            parts = spelled[index].split(pair)
+            spelled[index] = new.join(parts)
+            for old, fresh in new_neighbours(parts, pair, new):
                 counts[old] -= frequency[index]
-            for fresh in itertools.pairwise(after):
                 counts[fresh] += frequency[index]
-                if new in fresh:
-                    where[fresh].append(index)
-                    changed.add(fresh)
+                where[fresh].append(index)
+                changed.add(fresh)
         for fresh in changed:
             heapq.heappush(heap, (-counts[fresh], fresh))
     return {token: rank for rank, token in enumerate(tokens)}

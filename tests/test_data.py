@@ -147,7 +147,7 @@ def slow_bpe(words, size):
 @pytest.mark.parametrize("alphabet", ["a", "ab", "aab ", "etaoin", "b🙂🙃日"])
 def test_bpe_equals_slow_trainer(alphabet):
     rng = random.Random(0)
-    words = Counter("".join(rng.choices(alphabet, k=rng.randint(1, 14))) for _ in range(60))
+    words = Counter("".join(rng.choices(alphabet, k=rng.choice([1, 2, 5, 14, 100]))) for _ in range(60))
     for size in (256, 257, 261, 270, 300):
         wanted = slow_bpe(words, size)
         if len(wanted) < size:
@@ -161,6 +161,7 @@ def test_bpe_equals_slow_trainer(alphabet):
 def test_words():
     found = data.count_words([(True, "The cat's  hat, 12345"), (False, "The")])
     assert found == {"The": 2, " cat": 1, "'s": 1, " ": 1, " hat": 1, ",": 1, " 123": 1, "45": 1}
+    assert data.count_words([(True, "x" * 250)]) == {"x" * 100: 2, "x" * 50: 1}
 
 
 def test_of_much_text_the_bpe_is_trained_on_a_share_without_validation_text(tmp_path, monkeypatch):
