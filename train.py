@@ -9,6 +9,7 @@ model.py's Config; the presets' sizes are in model.py's PRESETS, their schedules
 else in the constants below. The command line overrides them all.
 """
 
+import base64
 import contextlib
 import ctypes
 import json
@@ -312,7 +313,10 @@ def read_release(file, saved):
         config, weights, differ = from_release(weights, settings)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
         raise InputError(f"{file} is neither a checkpoint nor a released model ({error}).") from None
-    tokenizer = data.SentencePieceTokenizer.read(file.parent, config.vocab_size)
+    model, dictionary = file.parent / "sp.model", file.parent / "dict.txt"
+    model = base64.b64encode(model.read_bytes()).decode() if model.exists() else None
+    dictionary = "".join(line for _, line in data.read_lines(dictionary)) if dictionary.exists() else None
+    tokenizer = data.SentencePieceTokenizer(model, dictionary, config.vocab_size, file.parent)
     return {"model": weights, "step": 0, "config": vars(config),
             "tokenizer": tokenizer.state(), "differ": differ}
 
@@ -546,7 +550,7 @@ def open_text(args):
         raise InputError(f"there is no {folder}; make it: python data.py PATH --name={args.dataset}")
     tokenizer = Tokenizer.load(folder)
     c = make_config(args, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, mask_id=tokenizer.mask_id)
-    train, val = (Sequences(folder, split, c.max_len, c.masked, c.crop_len, seed, check=LOCAL_RANK == 0)
+    train, val = (Sequences(folder, split, c.max_len, c.masked, c.crop_len, seed)
                   for split, seed in (("train", args.seed), ("val", 0)))  # the same validation for all seeds
     for split, least in ((train, args.batch_size), (val, WORLD * args.micro_batch_size)):
         if len(split) < least:

@@ -3,6 +3,7 @@
 Releases are written here: the fixtures, whose outputs the authors' own code computed, and random ones.
 """
 
+import base64
 import io
 import json
 import random
@@ -271,6 +272,12 @@ def pieces(tmp_path_factory):
     return folder
 
 
+def read(folder):
+    """The tokenizer of the sp.model and dict.txt in a folder"""
+    model = base64.b64encode((folder / "sp.model").read_bytes()).decode()
+    return data.SentencePieceTokenizer(model, (folder / "dict.txt").read_text(encoding="utf-8"), path=folder)
+
+
 def is_mark(character):
     return character.isascii() and not character.isalnum() or unicodedata.category(character)[0] == "P"
 
@@ -318,7 +325,7 @@ def test_cleaning_of_random_texts():
 
 
 def test_ids_offsets_and_text(pieces):
-    tokenizer, dropped = data.Tokenizer.load(pieces), 0
+    tokenizer, dropped = read(pieces), 0
     import sentencepiece
     processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "sp.model"))
     lines = (pieces / "dict.txt").read_text(encoding="utf-8").splitlines()
@@ -344,7 +351,7 @@ def test_ids_offsets_and_text(pieces):
 
 @pytest.mark.parametrize("text", ["cat[MASK]cat", "cat[CLS]cat", "cat[PAD]", "<s> <pad> </s>", "<mask>"])
 def test_what_spells_a_special_token_is_ordinary_text(pieces, text):
-    tokenizer = data.Tokenizer.load(pieces)
+    tokenizer = read(pieces)
     assert not set(tokenizer.encode(text)) & set(tokenizer.special_ids.values())
 
 
@@ -369,7 +376,7 @@ def test_a_damaged_sp_model(pieces, tmp_path, content):
     shutil.copy(pieces / "dict.txt", tmp_path)
     (tmp_path / "sp.model").write_bytes(content)
     with pytest.raises(data.InputError, match="sp.model"):
-        data.Tokenizer.load(tmp_path).encode("a text")
+        read(tmp_path).encode("a text")
 
 
 @pytest.mark.parametrize("text", [
@@ -391,11 +398,13 @@ def test_a_dictionary_that_does_not_fit_is_refused(tmp_path, text):
 @pytest.fixture(scope="session")
 def corpus(pieces, tmp_path_factory):
     """The folder of a corpus `toy`, of their tokenizer"""
-    return runs.make_corpus(tmp_path_factory.mktemp("corpus"), encoding=str(pieces), vocab_size=None)
+    folder = tmp_path_factory.mktemp("corpus")
+    torch.save({"tokenizer": read(pieces).state()}, folder / "ckpt.pt")
+    return runs.make_corpus(folder, encoding=str(folder), vocab_size=None)
 
 
 def test_a_corpus_of_their_tokenizer(pieces, corpus):
-    theirs, tokenizer = data.Tokenizer.load(pieces), data.Tokenizer.load(corpus)
+    theirs, tokenizer = read(pieces), data.Tokenizer.load(corpus)
     assert tokenizer.state() == theirs.state()
     val = np.fromfile(corpus / "val.bin", tokenizer.dtype).tolist()
     documents = [data.clean(text)[0] for text in (corpus.parent / "toy.txt").read_text().split("\n\n")]
@@ -406,7 +415,7 @@ def test_a_corpus_of_their_tokenizer(pieces, corpus):
 @EACH_KIND
 def test_from_a_release_to_the_end(pieces, corpus, tmp_path, kind, command):
     """Continued pretraining, whose learning rate of 0 shows what it starts from; fine-tuning; vectors."""
-    config = coco.Config(vocab_size=data.Tokenizer.load(pieces).vocab_size, **OTHER)
+    config = coco.Config(vocab_size=read(pieces).vocab_size, **OTHER)
     expected = random_release(tmp_path, kind, config)
     for file in pieces.iterdir():
         shutil.copy(file, tmp_path)
@@ -423,7 +432,7 @@ def test_from_a_release_to_the_end(pieces, corpus, tmp_path, kind, command):
         if kind == "fairseq" or name.startswith(("main", "scl")):
             assert torch.equal(parameter, expected[name]), name
     assert tokenizer.state() == data.Tokenizer.load(tmp_path / "out" / "ckpt.pt").state() == \
-        data.Tokenizer.load(pieces).state()
+        read(pieces).state()
 
     (tmp_path / "CoLA").mkdir()
     lines = [f"x\t{i % 2}\t\tthe {'cat' if i % 2 else 'dogs'} sat\n" for i in range(32)]
@@ -454,8 +463,10 @@ def test_batch(tmp_path, pairs):
         batch = tokenizer.batch(texts, pairs, max_len)
         assert batch.tolist() == [row + [tokenizer.pad_id] * (width - len(row)) for row in rows]
         assert batch.dtype == torch.int64 and (max_len is None or width == 11)
-    with pytest.raises(AssertionError, match="list"):
-        tokenizer.batch("the cat")
+    assert tokenizer.batch([]).shape == (0, 0) and tokenizer.batch([]).dtype == torch.int64
+    for arguments in (("the cat",), (["the cat"], "sat")):
+        with pytest.raises(TypeError, match="list"):
+            tokenizer.batch(*arguments)
 
     config = coco.Config(tokenizer.vocab_size, max_len=16, layers=1, width=16, heads=2, auxiliary_layers=1)
     torch.save({"model": coco.COCOLM(config).state_dict(), "config": vars(config), "step": 1,
