@@ -180,9 +180,9 @@ def in_parallel(function, items, workers):
 # ------------------------------------------------------------------------------------------------------------
 # The default text
 
-CODE = re.compile(r"\s*(>>>|\.\.\.|\.\. |[-=~^*#]{3,}|:\w+|@|\||\+-|(Args|Returns?|Raises|Yields)\b:?)")
-PARAMETER = re.compile(r"\w[\w, *]* ?(\([^)]*\))? ?(:|--) ")
 MARKUP = re.compile(r":[\w:]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`|``?([^`]*)``?")
+NO_PROSE = re.compile(r"(Args|Returns?|Raises|Yields)\b|\w[\w, *]* ?(\([^)]*\))? ?(:|--) "  # parameters
+                      r"|.*([-=~^*#]{3}|\.\. |:param|:return| : )")
 
 
 def docs_files():
@@ -195,31 +195,24 @@ def docs_files():
 
 
 def docs_paragraphs(path):
-    """The English paragraphs of a Python file: of its docstrings, add_docstr calls and pydoc's topics."""
+    """The English paragraphs of a Python file's docstrings, a line each: no code, tables or parameters."""
     try:
         tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError, OSError, MemoryError, RecursionError):  # a template, say
+    except (SyntaxError, ValueError):  # a template, say
         return []
-    texts = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            texts.append(ast.get_docstring(node))
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("add_docstr", "add_newdoc"):
-            texts += [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)]
-        elif isinstance(node, ast.Dict) and path.endswith("topics.py"):
-            texts += [v.value for v in node.values if isinstance(v, ast.Constant)]
-    return [line for text in texts if isinstance(text, str) for line in prose(inspect.cleandoc(text))]
+    strings = (node.value.value for node in ast.walk(tree)
+               if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    texts = (inspect.cleandoc(string) for string in strings if isinstance(string, str))
+    paragraphs = (part for text in texts for part in re.split(r"\n\s*\n", text))
+    lines = (MARKUP.sub(r"\1\2", " ".join(paragraph.split())) for paragraph in paragraphs)
+    return [line + "\n" for line in lines if is_prose(line)]
 
 
-def prose(text):
-    """The paragraphs that are sentences, a line each: no code, tables or lists of parameters."""
-    for paragraph in re.split(r"\n\s*\n", text):
-        line = MARKUP.sub(r"\1\2", " ".join(paragraph.split()))
-        words = line.split()
-        plain = sum(word.strip(".,;:!?()\"'").isalpha() for word in words)
-        if (len(words) >= 8 and plain >= 0.75 * len(words) and re.search(r"[.!?]\W*$", line)
-                and not PARAMETER.match(line) and not any(map(CODE.match, paragraph.splitlines()))):
-            yield line + "\n"
+def is_prose(line):
+    words = line.split()
+    plain = sum(word.strip(".,;:!?()\"'").isalpha() for word in words)
+    ends = re.search(r"[.!?]\W*$", line)
+    return len(words) >= 8 and plain >= 0.75 * len(words) and ends and not NO_PROSE.match(line)
 
 
 def read_docs(workers):
