@@ -6,8 +6,8 @@
 What is written to data/NAME/:
 
     train.bin, val.bin     token ids, raw uint16 (uint32 above 65,536 entries); [SEP] ends a document
-    tokenizer.tiktoken     the byte-pair ranks in tiktoken's format; [PAD] [CLS] [SEP] [MASK] follow them
-    meta.json              sizes, special ids, pattern, sources, versions, checksums
+    tokenizer_state.json   what Tokenizer.from_state takes: the byte-pair ranks, the pattern, lowercase or not
+    meta.json              sizes, special ids, sources, checksums
 """
 
 import argparse
@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -43,7 +44,7 @@ import regex
 import tiktoken
 
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
-FILES = {"train.bin", "val.bin", "meta.json"}
+FILES = {"train.bin", "val.bin", "tokenizer_state.json", "meta.json"}
 PIECE = 16_000        # characters: shorter documents stay whole, longer ones are cut
 CHUNK = 500_000       # bytes of text that a process prepares at once
 SAMPLE = 100_000_000  # bytes of text on which the BPE is trained, about, if there are as many
@@ -53,6 +54,8 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p
 
 # ------------------------------------------------------------------------------------------------------------
 # Options, errors and output of all commands
+
+tell = functools.partial(print, flush=True)
 
 # A number is finite and not negative. These options have a tighter range, both ends included.
 LIMITS = {
@@ -117,31 +120,19 @@ def run_command(main):
     for name in ("SIGTERM", "SIGHUP"):  # so that it cleans up on its way out; nohup ignores SIGHUP
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
-    rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, OSError) as error:  # OSError: no permission, disk full, ...
-        status, message = 2, str(error)
-    except RuntimeError as error:  # torch has no classes of its own for lack of memory and lost connections
-        status, message = 1, str(error).strip().split("\n")[0]
-        known = "out of memory|allocate memory|process pool|gloo|nccl|connection|timed out"
-        if not re.search(known, message, re.I):
-            raise
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if rank > 0:
+        message = error
+    if int(os.environ.get("RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)  # process 0 says what all would say, and torchrun ends the others meanwhile
-    print(f"{Path(sys.argv[0]).name}{f', process {rank}' * several}: {message}", file=sys.stderr, flush=True)
-    (os._exit if several else sys.exit)(status)  # an orderly exit would wait for processes that have ended
-
-
-def tell(*words, **how):
-    """print that never ends a run: after `python train.py | head -3` the log still has everything."""
-    try:
-        print(*words, flush=True, **how)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or isinstance(message, BrokenPipeError):
+        os._exit(2)  # an orderly exit would wait for processes that have ended, or flush a broken pipe
+    sys.exit(2)
 
 
 class Progress:
@@ -159,22 +150,24 @@ class Progress:
                  f", {max(self.total - done, 0) / speed:.0f} s left")
 
 
-def end_with_parent():
-    """Ends a worker whose parent was killed."""
+def start_worker():
+    """Leaves Ctrl-C to the parent, and ends when that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def in_parallel(function, items, workers):
     """function(item) for each item, in order, by processes. Few items are under way, so memory is bounded."""
-    if workers == 1:
+    if workers == 1 or threading.current_thread() is not threading.main_thread():  # may outlive the main one
         yield from map(function, items)
         return
-    pool, pending = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent), deque()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is not for them
+    pool, pending = ProcessPoolExecutor(workers, get_context("spawn"), start_worker), deque()
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = sys.modules[__name__]  # a worker imports this, and not a script without a guard
     try:
         for _ in range(workers):
             pool.submit(int)  # starts a worker
-        signal.signal(signal.SIGINT, handler)
+        sys.modules["__main__"] = script
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 3 * workers:
@@ -187,9 +180,9 @@ def in_parallel(function, items, workers):
 # ------------------------------------------------------------------------------------------------------------
 # The default text
 
-CODE = re.compile(r"\s*(>>>|\.\.\.|\.\. |[-=~^*#]{3,}|:\w+|@|\||\+-|(Args|Returns?|Raises|Yields)\b:?)")
-PARAMETER = re.compile(r"\w[\w, *]* ?(\([^)]*\))? ?(:|--) ")
 MARKUP = re.compile(r":[\w:]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`|``?([^`]*)``?")
+NO_PROSE = re.compile(r"(Args|Returns?|Raises|Yields)\b|\w[\w, *]* ?(\([^)]*\))? ?(:|--) "  # parameters
+                      r"|.*([-=~^*#]{3}|\.\. |:param|:return| : )")
 
 
 def docs_files():
@@ -202,42 +195,33 @@ def docs_files():
 
 
 def docs_paragraphs(path):
-    """The English paragraphs of a Python file: of its docstrings, add_docstr calls and pydoc's topics."""
+    """The English paragraphs of a Python file's docstrings, a line each: no code, tables or parameters."""
     try:
         tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError, OSError, MemoryError, RecursionError):  # a template, say
+    except (SyntaxError, ValueError):  # a template, say
         return []
-    texts = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            texts.append(ast.get_docstring(node))
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("add_docstr", "add_newdoc"):
-            texts += [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)]
-        elif isinstance(node, ast.Dict) and path.endswith("topics.py"):
-            texts += [v.value for v in node.values if isinstance(v, ast.Constant)]
-    return [line for text in texts if isinstance(text, str) for line in prose(inspect.cleandoc(text))]
+    strings = (node.value.value for node in ast.walk(tree)
+               if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    texts = (inspect.cleandoc(string) for string in strings if isinstance(string, str))
+    paragraphs = (part for text in texts for part in re.split(r"\n\s*\n", text))
+    lines = (MARKUP.sub(r"\1\2", " ".join(paragraph.split())) for paragraph in paragraphs)
+    return [line + "\n" for line in lines if is_prose(line)]
 
 
-def prose(text):
-    """The paragraphs that are sentences, a line each: no code, tables or lists of parameters."""
-    for paragraph in re.split(r"\n\s*\n", text):
-        line = MARKUP.sub(r"\1\2", " ".join(paragraph.split()))
-        words = line.split()
-        plain = sum(word.strip(".,;:!?()\"'").isalpha() for word in words)
-        if (len(words) >= 8 and plain >= 0.75 * len(words) and re.search(r"[.!?]\W*$", line)
-                and not PARAMETER.match(line) and not any(map(CODE.match, paragraph.splitlines()))):
-            yield line + "\n"
+def is_prose(line):
+    words = line.split()
+    plain = sum(word.strip(".,;:!?()\"'").isalpha() for word in words)
+    ends = re.search(r"[.!?]\W*$", line)
+    return len(words) >= 8 and plain >= 0.75 * len(words) and ends and not NO_PROSE.match(line)
 
 
 def read_docs(workers):
     """The lines of the default text: a document per source file; each paragraph once, so in one split."""
-    files, seen = docs_files(), set()
-    progress = Progress("reading documentation", len(files), "files", 1)
-    for number, paragraphs in enumerate(in_parallel(docs_paragraphs, files, workers), 1):
+    seen = set()
+    for paragraphs in in_parallel(docs_paragraphs, docs_files(), workers):
         fresh = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph not in seen]
         seen.update(fresh)
         yield from [*fresh, "\n"]
-        progress(number)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -245,33 +229,29 @@ def read_docs(workers):
 
 
 def find_files(paths):
-    """The text files that the paths name, folders searched, and a Counter of what was skipped in them."""
-    endings, files, skipped = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), [], Counter()
+    """The text files that the paths name. Folders are searched."""
+    endings, files = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), []
     for path in paths:
-        root, found = os.path.expanduser(path), []
-        if not os.path.exists(root):
-            raise InputError(f"{str(path)!r} does not exist.")
-        for file in sorted(Path(root).rglob("*")) if os.path.isdir(root) else [Path(root)]:
-            if file.is_file() and file.name.lower().endswith(endings):
-                found.append(file)
-            elif file.is_file():
-                skipped[file.suffix.lower() or "no ending"] += 1
-            elif file.is_symlink():
-                skipped["linked folder" if file.exists() else "dangling link"] += 1
-            elif not os.access(file, os.R_OK | os.X_OK):
-                skipped["unreadable folder"] += 1
+        root = Path(os.path.expanduser(path))
+        found = sorted(root.rglob("*")) if root.is_dir() else [root]
+        found = [file for file in found if file.is_file() and file.name.lower().endswith(endings)]
         if not found:
-            raise InputError(f"{path} holds no text: files that end in {', '.join(endings)} are read.")
+            raise InputError(f"{path} is, or holds, no file whose name ends in {', '.join(endings)}.")
         files += found
-    return list(dict.fromkeys(files)), skipped
+    return list(dict.fromkeys(files))
+
+
+def split_lines(text):
+    r"""The lines of a text in UTF-8. They end at \n, \r\n or \r; str.splitlines knows eight more ends."""
+    return [line + b"\n" for line in text.splitlines()]
 
 
 def read_lines(path):
     """(number, line) of a text file, of a .gz as well. What is not UTF-8 is refused."""
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+            for number, line in enumerate(itertools.chain.from_iterable(map(split_lines, file)), 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8; convert it.") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -286,14 +266,25 @@ def read_documents(files, field, document_per_file):
             if not jsonl:
                 yield line if line.strip() or document_per_file else None
             elif line.strip():
-                try:  # JSON alone can spell half a character: "\ud83d"
-                    text = re.sub("[\ud800-\udfff]", "\ufffd", json.loads(line)[field])
+                try:
+                    text = whole(json.loads(line)[field])
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     reason = f'no JSON with a text in "{field}" ({error!r})'
                     raise InputError(f"{path}, line {number}: {reason}.") from None
-                yield from text.splitlines(keepends=True)
+                yield from (line.decode() for line in split_lines(text.strip().encode()))
                 yield None
         yield None
+
+
+def cut(line):
+    """The line in parts of at most PIECE characters, cut before a space where there is one."""
+    start = 0
+    while len(line) - start > PIECE:
+        space = line.rfind(" ", start + 1, start + PIECE + 1)
+        end = space if space > 0 else start + PIECE
+        yield line[start:end]
+        start = end
+    yield line[start:]
 
 
 def pieces(lines):
@@ -305,17 +296,21 @@ def pieces(lines):
     A piece takes as many lines as fit; a line that is longer than a piece is cut before a space. Joined, the
     pieces of a document are the document, without the white space around it.
     """
-    cut = rf"(?s).{{1,{PIECE}}}(?![^ ])|.{{{PIECE}}}"  # up to a space or the end, or anywhere
-    new, held = True, ""  # held: the lines of the next piece
-    for line in lines:
-        for part in re.findall(cut, line) if line else [None]:
-            if part is None or len(held) + len(part) > PIECE:
-                text = held.lstrip() if new else held
-                text = text.rstrip() if part is None else text
+    for is_end, document in itertools.groupby(lines, lambda line: line is None):
+        if is_end:
+            continue
+        starts, text = True, ""
+        for part in itertools.chain.from_iterable(map(cut, document)):
+            if len(text) + len(part) > PIECE:  # the piece is full
+                text = text.lstrip() if starts else text
                 if text:
-                    yield new, text
-                new, held = part is None or new and not text, ""
-            held += part or ""
+                    yield starts, text
+                    starts = False
+                text = ""
+            text += part
+        text = text.strip() if starts else text.rstrip()
+        if text:
+            yield starts, text
 
 
 def chunks(lines, lowercase, what, total):
@@ -340,15 +335,39 @@ def fingerprint(text):
 # The tokenizer
 
 
+def whole(text):
+    """The text with U+FFFD for half a character, which JSON can spell: "\\ud83d"."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 def lower(text):
     """Lowercase, character by character: str.lower makes two of İ, and looks at the neighbours of Σ."""
     return "İ".join(part.lower() for part in text.replace("Σ", "σ").split("İ"))
 
 
 def count_words(chunk, share=1.0):
-    """How often each word of PATTERN occurs in a share of the pieces; those are the last to be in val.bin."""
+    """How often each word of PATTERN occurs in a share of the pieces; those are the last to be in val.bin.
+
+    Text without spaces makes long words: they are counted in parts of 100 characters.
+    """
     chosen = (text for _, text in chunk if fingerprint(text) >= (1 - share) * 2**64)
-    return Counter(word for text in chosen for word in regex.findall(PATTERN, text))
+    words = (word for text in chosen for word in regex.findall(PATTERN, text))
+    return Counter(word[start : start + 100] for word in words for start in range(0, len(word), 100))
+
+
+def new_neighbours(parts, pair, new):
+    """(neighbours before, neighbours after) the pair between the parts of a word becomes the token `new`.
+
+        parts "fl", "er" and pair "ow": ("lo", "l" + new), ("we", new + "e")
+    """
+    left, right = pair
+    for place, (before, after) in enumerate(itertools.pairwise(parts)):
+        if before:
+            yield before[-1] + left, before[-1] + new
+        elif place > 0:  # the pair stood there twice in a row
+            yield right + left, new + new
+        if after:
+            yield right + after[0], new + after[0]
 
 
 def train_bpe(words, size):
@@ -356,16 +375,16 @@ def train_bpe(words, size):
 
         {"low": 5, "lower": 2}: the most frequent pair is l+o (7 times), then lo+w (7), then e+r (2) ...
 
-    Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. Pair
-    counts are kept up to date, so a step touches only the words that hold the pair. A word is spelled as a
-    text whose characters are token ids, so that str.replace merges a pair.
+    Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. A word
+    is spelled as a text whose characters are token ids. It is split at the pair; only the ends of its parts
+    get new neighbours, so a step costs as much as there are places of the pair, however long the words are.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     spelled = [word.encode().decode("latin-1") for word in words]  # byte 65 is chr(65)
     frequency = list(words.values())
     counts, where = Counter(), defaultdict(list)
     for index, text in enumerate(spelled):
-        for pair in itertools.pairwise(text):
+        for pair in map("".join, itertools.pairwise(text)):
             counts[pair] += frequency[index]
             where[pair].append(index)
     heap = [(-count, pair) for pair, count in counts.items()]
@@ -384,15 +403,13 @@ def train_bpe(words, size):
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         progress(len(tokens))
         for index in set(where.pop(pair)):
-            before = spelled[index]
-            after = spelled[index] = before.replace("".join(pair), new)
-            for old in itertools.pairwise(before):
+            parts = spelled[index].split(pair)
+            spelled[index] = new.join(parts)
+            for old, fresh in new_neighbours(parts, pair, new):
                 counts[old] -= frequency[index]
-            for fresh in itertools.pairwise(after):
                 counts[fresh] += frequency[index]
-                if new in fresh:
-                    where[fresh].append(index)
-                    changed.add(fresh)
+                where[fresh].append(index)
+                changed.add(fresh)
         for fresh in changed:
             heapq.heappush(heap, (-counts[fresh], fresh))
     return {token: rank for rank, token in enumerate(tokens)}
@@ -407,7 +424,6 @@ class Tokenizer:
     >>> tokenizer.batch(["The cat", "A dog barks"])    # int64 (2, 5): [CLS] ... [SEP] [PAD], [CLS] ... [SEP]
     """
 
-    files = {"tokenizer.tiktoken"}  # in the folder of a corpus
     max_len = 512  # tokens of a sequence by default; load_checkpoint sets it to the model's positions
 
     def __init__(self, ranks, pattern, lowercase):
@@ -423,8 +439,8 @@ class Tokenizer:
                                           special_tokens=self.special_ids)
 
     def encode(self, text):
-        """Ids of a text, no special ones among them. Half a character becomes U+FFFD, as tiktoken has it."""
-        text = lower(text) if self.lowercase else text
+        """Ids of a text, no special ones among them. Half a character becomes U+FFFD."""
+        text = whole(lower(text) if self.lowercase else text)
         parts = (text[i : i + ENCODE] for i in range(0, len(text), ENCODE))
         return [token for part in parts for token in self.encoding.encode_ordinary(part)]
 
@@ -443,10 +459,13 @@ class Tokenizer:
     def batch(self, texts, pairs=None, max_len=None):
         """Token ids of texts, or of texts and their pairs: int64 (B, T), cut to max_len tokens and padded."""
         import torch  # here, since the workers that prepare a corpus do not need it
-        assert not isinstance(texts, str) and not isinstance(pairs, str), "give lists of texts"
+        if isinstance(texts, str) or isinstance(pairs, str):
+            raise TypeError("batch takes a list of texts, and of their pairs: batch([text])")
         texts = list(texts)
         pairs = [None] * len(texts) if pairs is None else pairs
         rows = [torch.tensor(self.encode_pair(a, b, max_len)) for a, b in zip(texts, pairs, strict=True)]
+        if not rows:
+            return torch.zeros(0, 0, dtype=torch.int64)
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
 
     def offsets(self, text):
@@ -455,8 +474,7 @@ class Tokenizer:
         A token can be a part of a character: "é" in two tokens -> (0, 1), (0, 1).
         """
         ids = self.encode(text)
-        lowercased, starts = self.encoding.decode_with_offsets(ids)
-        assert len(lowercased) == len(text), f"{len(text)} characters became {len(lowercased)}"
+        _, starts = self.encoding.decode_with_offsets(ids)
         starts = np.array(starts, np.int64)
         ends = np.append(starts[1:], len(text))[: len(ids)]
         return ids, np.stack([starts, np.maximum(ends, starts + 1)], axis=1)
@@ -476,48 +494,35 @@ class Tokenizer:
 
     @staticmethod
     def from_state(state, path="this"):
-        """The tokenizer with this state. path: where it comes from, for the message if it is damaged."""
+        """The tokenizer with this state. path: where it comes from, for messages"""
         try:
             if "dictionary" in state:
                 return SentencePieceTokenizer(**state, path=path)
             lines = [line.split() for line in state["ranks"].splitlines()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-            if len(set(ranks.values())) < len(lines) or any(bytes([b]) not in ranks for b in range(256)):
-                raise ValueError("a token is missing or there twice")
             return Tokenizer(ranks, state["pattern"], state["lowercase"])
-        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        except (KeyError, ValueError, TypeError, AttributeError):
             raise InputError(f"{path} has no tokenizer that can be read.") from None
-
-    def write(self, folder):
-        """Writes its files into the folder of a corpus."""
-        (folder / "tokenizer.tiktoken").write_text(self.state()["ranks"])
 
     @staticmethod
     def load(path):
-        """The tokenizer of a prepared corpus, of a released model (folders) or of a checkpoint (a file)."""
+        """The tokenizer of a prepared corpus, of a checkpoint, or of a run's folder, which holds ckpt.pt."""
         path = Path(path)
-        if path.is_file():
-            saved = {} if path.suffix == ".safetensors" else read_torch(path)
-            if "tokenizer" in saved or not (path.parent / "dict.txt").exists():
-                return Tokenizer.from_state(saved.get("tokenizer"), path)
-            path = path.parent  # a released model's file
-        released = (path / "dict.txt").exists()
-        if released and not (path / "meta.json").exists():
-            return SentencePieceTokenizer.read(path)
-        meta = read_meta(path)
-        for file in (SentencePieceTokenizer if released else Tokenizer).files:
-            if checksum(path / file) != meta["sha256"].get(Path(file).stem):
-                raise InputError(f"{path / file} is not as meta.json says; prepare the corpus again.")
-        ranks = path / "tokenizer.tiktoken"
-        tokenizer = (SentencePieceTokenizer.read(path) if released else
-                     Tokenizer.from_state({"ranks": ranks.read_text(), **meta}, path))
-        if tokenizer.special_ids != meta["special_ids"] or tokenizer.vocab_size != meta["vocab_size"]:
-            raise InputError(f"{path}/meta.json is not about its tokenizer; prepare the corpus again.")
-        return tokenizer
+        if (path / "meta.json").exists():
+            meta, file = read_meta(path), path / "tokenizer_state.json"
+            if checksum(file) != meta["sha256"]["tokenizer_state"]:
+                raise InputError(f"{file} is not as meta.json says; prepare the corpus again.")
+            return Tokenizer.from_state(json.loads(file.read_bytes()), path)
+        file = path if path.is_file() else path / "ckpt.pt"
+        saved = read_torch(file) if file.exists() and file.suffix != ".safetensors" else {}
+        if "tokenizer" not in saved:
+            raise InputError(f"{path} is neither a corpus nor a checkpoint of this project; a released model "
+                             f"becomes one by python convert.py {path} out/NAME.pt")
+        return Tokenizer.from_state(saved["tokenizer"], path)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The tokenizer of the authors' released models
+# SentencePiece with the authors' cleaning: the tokenizer of their released models
 
 PUNCTUATION = regex.compile(r"[!-/:-@\[-`{-~\p{P}]*")
 CLITIC = re.compile(r"(?:[smdtSMDT]|ll|LL|re|RE|ve|VE)\b")
@@ -531,7 +536,7 @@ def clean(text):
 
         "``Don't,'' he 's said"   ->   '" Don\'t ," he \'s said'
     """
-    text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    text = whole(text)
     found = [(PLAIN.get(m[0], m[0]), *m.span()) for m in re.finditer(r"(?s)``|''|.", text)]
     plain, kept = "".join(character for character, _, _ in found), []
     for word in re.finditer(r"\S+", plain):
@@ -548,7 +553,6 @@ def clean(text):
 class SentencePieceTokenizer(Tokenizer):
     """sp.model cuts a text into pieces, dict.txt gives them ids. Needs the package sentencepiece. [model]"""
 
-    files = {"sp.model", "dict.txt"}
     pattern, lowercase = "", False
 
     def __init__(self, model, dictionary, vocab_size=None, path="this"):
@@ -570,32 +574,23 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids.values()
         self.dtype = np.dtype("uint16" if self.vocab_size <= 65536 else "uint32")
 
-    @classmethod
-    def read(cls, folder, vocab_size=None):
-        """From sp.model and dict.txt in a folder; either may be missing as long as no text comes."""
-        model, dictionary = folder / "sp.model", folder / "dict.txt"
-        model = base64.b64encode(model.read_bytes()).decode() if model.exists() else None
-        text = "".join(line for _, line in read_lines(dictionary)) if dictionary.exists() else None
-        return cls(model, text, vocab_size, folder)
-
     def state(self):
         return {"model": self.model, "dictionary": self.dictionary, "vocab_size": self.vocab_size}
-
-    def write(self, folder):
-        self.processor  # says what is missing
-        (folder / "sp.model").write_bytes(base64.b64decode(self.model))
-        (folder / "dict.txt").write_text(self.dictionary, encoding="utf-8")
 
     @functools.cached_property
     def processor(self):
         for file, content in (("sp.model", self.model), ("dict.txt", self.dictionary)):
             if not content:
-                raise InputError(f"{self.path} has no {file}, which its tokenizer needs: put it there.")
+                raise InputError(f"{self.path}: its tokenizer has no {file}; put it beside the released model"
+                                 f" and convert that again with python convert.py.")
         try:
             import sentencepiece
-            return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model))
-        except ImportError:
-            raise InputError(f"{self.path}: its tokenizer needs pip install sentencepiece.") from None
+            processor = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model))
+            processor.encode_as_offset_mapping  # since version 0.2.2
+            return processor
+        except (ImportError, AttributeError):
+            raise InputError(f"{self.path}: its tokenizer needs sentencepiece 0.2.2 or newer: pip install "
+                             "sentencepiece --upgrade") from None
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{self.path}: sp.model cannot be read ({error}).") from None
 
@@ -604,12 +599,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def offsets(self, text):
         cleaned, starts, ends = clean(text)
-        if hasattr(self.processor, "encode_as_offset_mapping"):
-            found = self.processor.encode_as_offset_mapping(cleaned)
-            pieces, places = found["pieces"], found["offsets"]
-        else:  # sentencepiece before 0.2.2
-            found = self.processor.encode(cleaned, out_type="immutable_proto").pieces
-            pieces, places = [p.piece for p in found], [(p.begin, p.end) for p in found]
+        found = self.processor.encode_as_offset_mapping(cleaned)
+        pieces, places = found["pieces"], found["offsets"]
         ids, spans, starts, ends = [], [], [*starts, len(text)], [0, *ends]
         for piece, following, (begin, end) in zip(pieces, [*pieces[1:], "."], places):
             if piece != "▁" or not PUNCTUATION.match(following)[0]:  # else a space before punctuation
@@ -656,14 +647,14 @@ def read_meta(folder):
     path = Path(folder, "meta.json")
     if not path.exists():
         raise InputError(f"{folder} is not a corpus, as it has no meta.json; make one with python data.py.")
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    try:
         meta = json.loads(path.read_bytes())
-        for split in ("train", "val"):
-            meta["tokens"][split] + 0, meta["sha256"][split] + ""
-        if {"vocab_size", "lowercase", "pattern"} <= set(meta) and set(SPECIALS) <= set(meta["special_ids"]):
-            meta["dtype"] = np.dtype(meta["dtype"]).name
-            return meta
-    raise InputError(f"{path} is damaged, or another program's: delete {folder} and prepare it again.")
+        older = "tokenizer_state" not in meta["sha256"]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path} is damaged, or another program's.") from None
+    if older:
+        raise InputError(f"{folder} was made by an older version; remove it and prepare it again.")
+    return meta
 
 
 @functools.lru_cache(maxsize=1)
@@ -701,15 +692,28 @@ def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
     return tokenizer
 
 
-def last_change(folder):
-    """When a corpus was written; None if nothing has this name. Anything but a corpus is refused."""
-    if not os.path.lexists(folder):
-        return None
-    names = set(os.listdir(folder)) if folder.is_dir() and not folder.is_symlink() else set()
-    if names not in (FILES | Tokenizer.files, FILES | SentencePieceTokenizer.files):
-        raise InputError(f"{folder} exists and is not a corpus, or not only that; choose another --name.")
-    read_meta(folder)
-    return folder.stat().st_mtime_ns
+def write_tokens(folder, chunks, tokenizer, val_fraction, workers):
+    """Writes train.bin and val.bin. Returns what meta.json says about them."""
+    encode = functools.partial(encode_chunk, state=tokenizer.state(), val_fraction=val_fraction)
+    separator = np.array([tokenizer.sep_id], tokenizer.dtype).tobytes()
+    documents, text_bytes, before = 0, 0, None
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        files = {"train": train, "val": val}
+        for starts, split, ids, size in itertools.chain.from_iterable(in_parallel(encode, chunks, workers)):
+            if before and (starts or split != before):  # a document ends, or continues in the other split
+                files[before].write(separator)
+            files[split].write(ids)
+            documents, text_bytes, before = documents + starts, text_bytes + size, split
+        files[before].write(separator)
+        tokens = {split: file.tell() // tokenizer.dtype.itemsize for split, file in files.items()}
+    return {"tokens": tokens, "dtype": tokenizer.dtype.name, "documents": documents, "bytes": text_bytes}
+
+
+def clean_up(scratch, folder):
+    """Removes what a preparation left. If it was stopped between its two renames, the old corpus returns."""
+    if (scratch / "old").exists() and not folder.exists():
+        os.rename(scratch / "old", folder)
+    shutil.rmtree(scratch)
 
 
 def prepare(
@@ -718,7 +722,7 @@ def prepare(
     data_dir: str = "data",          # folder of all prepared corpora
     vocab_size: int = None,          # entries of the vocabulary: 32768; without PATH: 8192
     lowercase: bool = None,          # lowercase all text: True, as the paper's base
-    encoding: str = "bpe",  # bpe: train one; gpt2, ...; or path of a corpus, checkpoint or released model
+    encoding: str = "bpe",  # bpe: train one; gpt2, ...; or the path of a corpus or checkpoint
     val_fraction: float = None,      # share of val.bin: 0.01; without PATH: 0.05
     workers: int = os.cpu_count(),   # processes; the result does not depend on it
     field: str = "text",             # the field of a .jsonl line that holds the text
@@ -731,68 +735,57 @@ def prepare(
     that differ in case alone as well if all is lowercased. A document above PIECE characters is cut, and its
     pieces are spread over both splits. The BPE is trained on both, above SAMPLE bytes on val.bin last.
     """
-    start, name = time.monotonic(), name or ("" if paths else "docs")
-    vocab_size = vocab_size or ((32768 if paths else 8192) if encoding == "bpe" else None)
-    val_fraction = (0.01 if paths else 0.05) if val_fraction is None else val_fraction
-    folder = Path(data_dir, name)
+    start = time.monotonic()
+    if paths and not name:
+        raise InputError("the corpus needs a name: give --name=.")
+    name = name or "docs"
+    if encoding == "bpe" and vocab_size is None:
+        vocab_size = 32768 if paths else 8192
+    if val_fraction is None:
+        val_fraction = 0.01 if paths else 0.05
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise InputError(f"--name={name!r} has to be a plain name for the corpus: letters, digits, _ . + -")
-    old = last_change(folder)
-    if old is not None and not overwrite:
-        raise InputError(f"{folder} exists; choose another --name, or say --overwrite=True.")
+    folder = Path(data_dir, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as scratch:
-        new, aside, docs = Path(scratch, "new"), Path(scratch, "old"), Path(scratch, "docs.txt")
+    for killed in folder.parent.glob(f".{name}~*"):
+        clean_up(killed, folder)
+    if os.path.lexists(folder):
+        read_meta(folder)
+        if folder.is_symlink() or set(os.listdir(folder)) != FILES:
+            raise InputError(f"{folder} is a link or holds more than a corpus; choose another --name.")
+        if not overwrite:
+            raise InputError(f"{folder} exists; choose another --name, or say --overwrite=True.")
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}~", dir=folder.parent))
+    try:
+        new, docs = scratch / "new", scratch / "docs.txt"
         new.mkdir()
         if not paths:
             docs.write_text("".join(read_docs(workers)), encoding="utf-8", errors="replace")
-        files, skipped = find_files(paths or [docs])
+        files = find_files(paths or [docs])
         sources = [str(file) for file in files] if paths else ["documentation of Python, numpy and torch"]
         total = sum(f.stat().st_size * (3 if f.suffix.lower() == ".gz" else 1) for f in files)  # 3: a guess
         lines = functools.partial(read_documents, files, field, document_per_file)
         if not next(pieces(lines()), None):
             raise InputError(f"there is no text in {', '.join(sources[:5])}.")
         tokenizer = make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers)
-        tokenizer.write(new)
-
-        encode = functools.partial(encode_chunk, state=tokenizer.state(), val_fraction=val_fraction)
-        encoded = in_parallel(encode, chunks(lines(), tokenizer.lowercase, "tokenising", total), workers)
-        separator = np.array([tokenizer.sep_id], tokenizer.dtype).tobytes()
-        documents, text_bytes, before = 0, 0, None
-        with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
-            splits = {"train": train, "val": val}
-            for starts, split, ids, size in itertools.chain.from_iterable(encoded):
-                if before and (starts or split != before):  # a document ends, or continues in the other split
-                    splits[before].write(separator)
-                splits[split].write(ids)
-                documents, text_bytes, before = documents + starts, text_bytes + size, split
-            splits[before].write(separator)
-            tokens = {split: file.tell() // tokenizer.dtype.itemsize for split, file in splits.items()}
-        meta = {"vocab_size": tokenizer.vocab_size, "lowercase": tokenizer.lowercase,
-                "special_ids": tokenizer.special_ids, "pattern": tokenizer.pattern, "encoding": encoding,
-                "tokens": tokens, "dtype": tokenizer.dtype.name, "documents": documents, "bytes": text_bytes,
-                "sources": sources, "val_fraction": val_fraction,
-                "sha256": {file.stem: checksum(file) for file in sorted(new.iterdir())},
-                "versions": {"python": sys.version.split()[0], "numpy": np.__version__,
-                             "tiktoken": tiktoken.__version__}}
+        (new / "tokenizer_state.json").write_text(json.dumps(tokenizer.state()))
+        text = chunks(lines(), tokenizer.lowercase, "tokenising", total)
+        meta = {"vocab_size": tokenizer.vocab_size, "special_ids": tokenizer.special_ids,
+                **write_tokens(new, text, tokenizer, val_fraction, workers),
+                "encoding": encoding, "sources": sources, "val_fraction": val_fraction,
+                "sha256": {file.stem: checksum(file) for file in sorted(new.iterdir())}}
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        if folder.exists():
+            os.rename(folder, scratch / "old")
+        os.rename(new, folder)
+    finally:
+        clean_up(scratch, folder)
 
-        if last_change(folder) != old:
-            raise InputError(f"{folder} was written by another command meanwhile; it stays as it is.")
-        try:
-            if old is not None:
-                os.rename(folder, aside)
-            os.rename(new, folder)
-        finally:
-            if aside.exists() and not folder.exists():  # stopped between the two renames
-                os.rename(aside, folder)
-
-    left_out = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common(6)) or "nothing"
-    tell(f"prepared {folder}: {documents:,} documents, {text_bytes / 1e6:.1f} MB, "
+    tokens, size = meta["tokens"], meta["bytes"]
+    tell(f"prepared {folder}: {meta['documents']:,} documents, {size / 1e6:.1f} MB of {len(files)} files, "
          f"{time.monotonic() - start:.1f} s\n"
          f"  {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin, "
-         f"{text_bytes / sum(tokens.values()):.2f} bytes per token, vocabulary of {tokenizer.vocab_size:,}\n"
-         f"  files read: {len(files)}; skipped: {left_out}")
+         f"{size / sum(tokens.values()):.2f} bytes per token, vocabulary of {tokenizer.vocab_size:,}")
     return folder
 
 
@@ -808,34 +801,34 @@ class Sequences:
     its crop and the uniform numbers that the auxiliary samples with.
     """
 
-    def __init__(self, folder, split, max_len, masked, crop_len, seed, check=True):
-        """check: read the file once, to see that it is what was written (1 GB/s)"""
+    def __init__(self, folder, split, max_len, masked, crop_len, seed):
         meta, self.path = read_meta(folder), Path(folder, f"{split}.bin")
-        if check and checksum(self.path) != meta["sha256"][split]:
-            raise InputError(f"{self.path} is not as meta.json says; prepare the corpus again.")
-        nothing = np.zeros(0, meta["dtype"])  # a memmap cannot be empty
-        self.tokens = np.memmap(self.path, meta["dtype"], "r") if meta["tokens"][split] else nothing
-        if check and self.tokens.max(initial=0) >= meta["vocab_size"]:
-            raise InputError(f"{self.path} has tokens beyond its vocabulary; prepare the corpus again.")
+        dtype, count = np.dtype(meta["dtype"]), meta["tokens"][split]
+        if self.path.stat().st_size != count * dtype.itemsize:
+            raise InputError(f"{self.path} is truncated or changed; prepare the corpus again.")
+        self.tokens = np.memmap(self.path, dtype, "r") if count else np.zeros(0, dtype)  # no memmap is empty
         self.max_len, self.masked, self.crop_len, self.seed = max_len, masked, crop_len, seed
-        self.cls_id, self.sep_id = meta["special_ids"]["[CLS]"], meta["special_ids"]["[SEP]"]
+        self.vocab_size, special_ids = meta["vocab_size"], meta["special_ids"]
+        self.cls_id, self.sep_id = special_ids["[CLS]"], special_ids["[SEP]"]
         self.order = functools.lru_cache(maxsize=2)(self.order)
 
     def __len__(self):
         return len(self.tokens) // (self.max_len - 1)
 
     def order(self, epoch):
-        return np.random.default_rng([0, self.seed, epoch]).permutation(len(self))
+        order = np.arange(len(self), dtype="uint32" if len(self) <= 2**32 else "uint64")
+        np.random.default_rng([0, self.seed, epoch]).shuffle(order)
+        return order
 
     def sequence(self, step, index, batch_size):
         epoch, place = divmod(step * batch_size + index, len(self))
-        start = self.order(epoch)[place] * (self.max_len - 1)
+        start = int(self.order(epoch)[place]) * (self.max_len - 1)
         text = self.tokens[start : start + self.max_len - 1]
         tokens = np.concatenate([[self.cls_id], text], dtype=np.int64)
         random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
-        if len(ordinary) < self.masked:
-            raise InputError(f"{self.path} has too few tokens but [SEP] at {start:,}; prepare other text.")
+        if len(ordinary) < self.masked or tokens.max() >= self.vocab_size:
+            raise InputError(f"{self.path} is damaged, or has too few tokens but [SEP], at token {start:,}.")
         masked = np.sort(random.permutation(ordinary)[: self.masked])
         crop_start = random.integers(1, self.max_len - self.crop_len + 1)
         crop = np.concatenate([tokens[:1], tokens[crop_start : crop_start + self.crop_len]])

@@ -3,6 +3,7 @@
 Releases are written here: the fixtures, whose outputs the authors' own code computed, and random ones.
 """
 
+import base64
 import io
 import json
 import math
@@ -319,6 +320,12 @@ def pieces(tmp_path_factory):
     return folder
 
 
+def read(folder):
+    """The tokenizer of the sp.model and dict.txt in a folder"""
+    model = base64.b64encode((folder / "sp.model").read_bytes()).decode()
+    return data.SentencePieceTokenizer(model, (folder / "dict.txt").read_text(encoding="utf-8"), path=folder)
+
+
 def is_mark(character):
     return character.isascii() and not character.isalnum() or unicodedata.category(character)[0] == "P"
 
@@ -366,7 +373,11 @@ def test_cleaning_of_random_texts():
 
 
 def test_ids_offsets_and_text(pieces):
+<<<<<<< HEAD:tests/test_convert.py
     tokenizer, dropped = convert.read_tokenizer(pieces), 0
+=======
+    tokenizer, dropped = read(pieces), 0
+>>>>>>> data:tests/test_release.py
     import sentencepiece
     processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "sp.model"))
     lines = (pieces / "dict.txt").read_text(encoding="utf-8").splitlines()
@@ -392,7 +403,11 @@ def test_ids_offsets_and_text(pieces):
 
 @pytest.mark.parametrize("text", ["cat[MASK]cat", "cat[CLS]cat", "cat[PAD]", "<s> <pad> </s>", "<mask>"])
 def test_what_spells_a_special_token_is_ordinary_text(pieces, text):
+<<<<<<< HEAD:tests/test_convert.py
     tokenizer = convert.read_tokenizer(pieces)
+=======
+    tokenizer = read(pieces)
+>>>>>>> data:tests/test_release.py
     assert not set(tokenizer.encode(text)) & set(tokenizer.special_ids.values())
 
 
@@ -417,7 +432,11 @@ def test_a_damaged_sp_model(pieces, tmp_path, content):
     shutil.copy(pieces / "dict.txt", tmp_path)
     (tmp_path / "sp.model").write_bytes(content)
     with pytest.raises(data.InputError, match="sp.model"):
+<<<<<<< HEAD:tests/test_convert.py
         convert.read_tokenizer(tmp_path).encode("a text")
+=======
+        read(tmp_path).encode("a text")
+>>>>>>> data:tests/test_release.py
 
 
 @pytest.mark.parametrize("text", [
@@ -454,6 +473,7 @@ def converted_releases(pieces, tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(converted_releases, tmp_path_factory):
     """The folder of a corpus `toy`, of their tokenizer"""
+<<<<<<< HEAD:tests/test_convert.py
     return runs.make_corpus(tmp_path_factory.mktemp("corpus"), encoding=str(converted_releases["fairseq"][0]),
                             vocab_size=None)
 
@@ -461,6 +481,16 @@ def corpus(converted_releases, tmp_path_factory):
 def test_a_corpus_of_their_tokenizer(pieces, corpus):
     theirs, tokenizer = convert.read_tokenizer(pieces), data.Tokenizer.load(corpus)
     assert tokenizer.encode("the cat, sat") == theirs.encode("the cat, sat")
+=======
+    folder = tmp_path_factory.mktemp("corpus")
+    torch.save({"tokenizer": read(pieces).state()}, folder / "ckpt.pt")
+    return runs.make_corpus(folder, encoding=str(folder), vocab_size=None)
+
+
+def test_a_corpus_of_their_tokenizer(pieces, corpus):
+    theirs, tokenizer = read(pieces), data.Tokenizer.load(corpus)
+    assert tokenizer.state() == theirs.state()
+>>>>>>> data:tests/test_release.py
     val = np.fromfile(corpus / "val.bin", tokenizer.dtype).tolist()
     documents = [data.clean(text)[0] for text in (corpus.parent / "toy.txt").read_text().split("\n\n")]
     first = val[: val.index(tokenizer.sep_id)]
@@ -470,8 +500,16 @@ def test_a_corpus_of_their_tokenizer(pieces, corpus):
 @EACH_KIND
 def test_from_a_release_to_the_end(converted_releases, corpus, tmp_path, kind, command):
     """Continued pretraining, whose learning rate of 0 shows what it starts from; fine-tuning; vectors."""
+<<<<<<< HEAD:tests/test_convert.py
     checkpoint, expected = converted_releases[kind]
     options = [f"--init_from={checkpoint}", "--dtype=float32", "--device=cpu"]
+=======
+    config = coco.Config(vocab_size=read(pieces).vocab_size, **OTHER)
+    expected = random_release(tmp_path, kind, config)
+    for file in pieces.iterdir():
+        shutil.copy(file, tmp_path)
+    options = [f"--init_from={tmp_path}", "--dtype=float32", "--device=cpu"]
+>>>>>>> data:tests/test_release.py
     training = [*options, f"--data_dir={corpus.parent}", "--dataset=toy", f"--out_dir={tmp_path}/out",
                 "--learning_rate=0", "--batch_size=4", "--max_steps=3", "--eval_batches=1"]
     for contradiction in ("--layers=2", "--max_len=32", "--relative_bins=64"):
@@ -483,7 +521,12 @@ def test_from_a_release_to_the_end(converted_releases, corpus, tmp_path, kind, c
     for name, parameter in model.named_parameters():
         if kind == "fairseq" or name.startswith(("main", "scl")):
             assert torch.equal(parameter, expected[name]), name
+<<<<<<< HEAD:tests/test_convert.py
     assert tokenizer.state() == data.Tokenizer.load(checkpoint).state()
+=======
+    assert tokenizer.state() == data.Tokenizer.load(tmp_path / "out" / "ckpt.pt").state() == \
+        read(pieces).state()
+>>>>>>> data:tests/test_release.py
 
     (tmp_path / "CoLA").mkdir()
     lines = [f"x\t{i % 2}\t\tthe {'cat' if i % 2 else 'dogs'} sat\n" for i in range(32)]
@@ -497,3 +540,59 @@ def test_from_a_release_to_the_end(converted_releases, corpus, tmp_path, kind, c
     tokens = tokenizer.batch(["the cat sat " * 20, "dogs"])
     assert tokens.shape == (2, 24)
     close(model.embed(tokens).norm(dim=1), torch.ones(2))
+<<<<<<< HEAD:tests/test_convert.py
+=======
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Texts to ids to vectors
+
+
+@pytest.mark.parametrize("pairs", [None, ["on a mat " * 9, "cats", ""]], ids=["texts", "pairs"])
+def test_batch(tmp_path, pairs):
+    words = Counter({" the": 9, " cat": 7, " sat": 5, " on": 3})
+    tokenizer = data.Tokenizer(data.train_bpe(words, 262), data.PATTERN, True)
+    texts = ["The cat", "", "the cat sat on the mat " * 3]
+    for max_len in (None, 11):
+        rows = [tokenizer.encode_pair(*both, max_len=max_len) for both in zip(texts, pairs or [None] * 3)]
+        width = max(map(len, rows))
+        batch = tokenizer.batch(texts, pairs, max_len)
+        assert batch.tolist() == [row + [tokenizer.pad_id] * (width - len(row)) for row in rows]
+        assert batch.dtype == torch.int64 and (max_len is None or width == 11)
+    assert tokenizer.batch([]).shape == (0, 0) and tokenizer.batch([]).dtype == torch.int64
+    for arguments in (("the cat",), (["the cat"], "sat")):
+        with pytest.raises(TypeError, match="list"):
+            tokenizer.batch(*arguments)
+
+    config = coco.Config(tokenizer.vocab_size, max_len=16, layers=1, width=16, heads=2, auxiliary_layers=1)
+    torch.save({"model": coco.COCOLM(config).state_dict(), "config": vars(config), "step": 1,
+                "tokenizer": tokenizer.state()}, tmp_path / "ckpt.pt")
+    _, loaded = train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert loaded.batch(texts, pairs).tolist() == tokenizer.batch(texts, pairs, 16).tolist()
+    corpus = runs.make_corpus(tmp_path, encoding=str(tmp_path / "ckpt.pt"), vocab_size=None)
+    assert data.Tokenizer.load(corpus).state() == tokenizer.state()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(contrastive=False), dict(token_task="mlm")], ids=str)
+def test_embed(changes):
+    """Equal to one text at a time without padding, in more than one batch, with dropout and without order."""
+    torch.manual_seed(0)
+    model = coco.COCOLM(coco.Config(60, max_len=16, layers=2, width=16, heads=2, ffn_width=24, dropout=0.5,
+                                    auxiliary_layers=1, relative_bins=8, max_distance=12, **changes))
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    lengths, pad_id = torch.randint(1, 17, (70,)), model.config.pad_id
+    tokens = torch.randint(0, pad_id, (70, 16)).masked_fill(torch.arange(16) >= lengths[:, None], pad_id)
+    slow = [model.eval().main(row[None, :n])[0].detach().double().mean(0) for row, n in zip(tokens, lengths)]
+    slow = torch.stack([(vector / vector.square().sum().sqrt()).float() for vector in slow])
+    model.train()
+    for batch_size in (64, 7):
+        vectors = model.embed(tokens, batch_size)
+        close(vectors, slow)
+        assert vectors.dtype == torch.float32 and not vectors.requires_grad and model.training
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = model.embed(tokens)
+    assert vectors.dtype == torch.float32 and (vectors - slow).abs().max() < 0.05
+    with pytest.raises(AssertionError, match="embed"):
+        model(tokens)
+>>>>>>> data:tests/test_release.py

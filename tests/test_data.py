@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken.load
+import torch
 
 import data
 
-FILES = ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
+FILES = ["meta.json", "tokenizer_state.json", "train.bin", "val.bin"]
 SPECIALS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -147,7 +148,7 @@ def slow_bpe(words, size):
 @pytest.mark.parametrize("alphabet", ["a", "ab", "aab ", "etaoin", "b🙂🙃日"])
 def test_bpe_equals_slow_trainer(alphabet):
     rng = random.Random(0)
-    words = Counter("".join(rng.choices(alphabet, k=rng.randint(1, 14))) for _ in range(60))
+    words = Counter("".join(rng.choices(alphabet, k=rng.choice([1, 2, 5, 14, 100]))) for _ in range(60))
     for size in (256, 257, 261, 270, 300):
         wanted = slow_bpe(words, size)
         if len(wanted) < size:
@@ -161,6 +162,7 @@ def test_bpe_equals_slow_trainer(alphabet):
 def test_words():
     found = data.count_words([(True, "The cat's  hat, 12345"), (False, "The")])
     assert found == {"The": 2, " cat": 1, "'s": 1, " ": 1, " hat": 1, ",": 1, " 123": 1, "45": 1}
+    assert data.count_words([(True, "x" * 250)]) == {"x" * 100: 2, "x" * 50: 1}
 
 
 def test_of_much_text_the_bpe_is_trained_on_a_share_without_validation_text(tmp_path, monkeypatch):
@@ -169,7 +171,7 @@ def test_of_much_text_the_bpe_is_trained_on_a_share_without_validation_text(tmp_
     folder = prepare(tmp_path, source, name="share", val_fraction=0.4)
     monkeypatch.undo()
     train = prepare(tmp_path, write_source(tmp_path / "train.txt", documents_of(folder, "train")))
-    assert contents(folder)["tokenizer.tiktoken"] == contents(train)["tokenizer.tiktoken"]
+    assert contents(folder)["tokenizer_state.json"] == contents(train)["tokenizer_state.json"]
 
 
 TEXTS = [
@@ -197,19 +199,33 @@ def test_lower_is_per_character():
     assert data.lower("İI ΟΔΟΣ ΑΣ. Straße ẞ") == "İi οδοσ ασ. straße ß"
 
 
-def test_ranks_are_in_tiktokens_format(corpus, tokenizer, monkeypatch):
-    """tiktoken's own reader reads the file; the specials follow the ranks."""
+def test_ranks_are_in_tiktokens_format(tokenizer, tmp_path, monkeypatch):
+    """tiktoken's own reader reads the ranks of a state; the specials follow them."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # no copy elsewhere
-    ranks = tiktoken.load.load_tiktoken_bpe(str(corpus / "tokenizer.tiktoken"))
+    (tmp_path / "ranks").write_text(tokenizer.state()["ranks"])
+    ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / "ranks"))
     plain = tiktoken.Encoding("plain", pat_str=data.PATTERN, mergeable_ranks=ranks, special_tokens={})
     texts = [data.lower(text[:999]) for text in TEXTS]
     assert [tokenizer.encode(text) for text in texts] == [plain.encode_ordinary(text) for text in texts]
     assert sorted(ranks.values()) == list(range(396)) and tokenizer.vocab_size == 400
     assert tokenizer.special_ids == dict(zip(SPECIALS, range(396, 400)))
-    lines = tokenizer.state()["ranks"].splitlines()  # a checkpoint's may be damaged as well
-    for damaged in (["not base64! 0", *lines], lines[1:], [*lines, "AAAA 5"]):
-        with pytest.raises(data.InputError):
-            data.Tokenizer.from_state({**tokenizer.state(), "ranks": "\n".join(damaged)})
+
+
+def test_load_knows_corpora_checkpoints_and_runs(tokenizer, corpus, tmp_path):
+    """What is none of them may be a released model: the sentence names the command that converts it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "model.safetensors").write_bytes(b"weights")
+    torch.save({"tokenizer": tokenizer.state()}, tmp_path / "run" / "ckpt.pt")
+    torch.save({"args": None, "model": {}}, tmp_path / "release" / "model.pt")
+    for path in (corpus, tmp_path / "run", tmp_path / "run" / "ckpt.pt"):
+        assert data.Tokenizer.load(path).state() == tokenizer.state()
+    for name in ("", "model.pt", "model.safetensors"):
+        with pytest.raises(data.InputError, match="python convert.py"):
+            data.Tokenizer.load(tmp_path / "release" / name)
+    torch.save({"tokenizer": None}, tmp_path / "bad.pt")
+    with pytest.raises(data.InputError, match="bad.pt"):
+        data.Tokenizer.load(tmp_path / "bad.pt")
 
 
 def test_encode_pair_cuts_the_longer_side_first(tokenizer):
@@ -252,7 +268,8 @@ FIRST = "The first paragraph is plain English and makes a sentence of some lengt
 SECOND = "This one is only in the second of the files, so it is kept there as it is."
 SOURCE = f'''"""{FIRST}
 
-    >>> code_example(that is no prose but has a good many words in it).
+    ==========  ============================================================
+    a table     of some words that would be a sentence if they were no table.
 """
 raise SystemExit("this file must never be run")
 
@@ -303,34 +320,47 @@ def test_the_corpus_is_the_documents(tmp_path, monkeypatch, name, field):
     assert folder.stat().st_mode & 0o055 == 0o055  # readable by others, unlike a temporary folder
 
 
-def test_folders_are_searched_and_what_is_skipped_is_said(tmp_path, capsys, monkeypatch):
+def test_folders_are_searched(tmp_path, monkeypatch):
     documents = sentences(40)
     for i, name in enumerate(["in/A.TXT", "in/sub/b.jsonl", "in/sub/deep/c.Txt.Gz", "single.txt"]):
         write_source(tmp_path / name, documents[i::4])
-    for name in ("readme.md", "more.MD", "sub/e.json"):
+    for name in ("readme.md", "sub/e.json"):
         (tmp_path / "in" / name).write_text("not a text of the corpus")
     (tmp_path / "in" / "f.txt").symlink_to("nowhere")
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = prepare(tmp_path, tmp_path / "in", "~/single.txt", lowercase=False)
     assert sorted(documents_of(folder)) == sorted(documents) and len(meta_of(folder)["sources"]) == 4
-    report = capsys.readouterr().out
-    assert all(words in report for words in ("4", "2 .md", "1 .json", "1 dangling link"))
 
 
 def test_documents_of_several_lines(tmp_path):
-    """A document per file; blank lines in JSON; half characters; a byte order mark and Windows line ends."""
+    """A document per file; blank lines in JSON; half characters; a byte order mark."""
     book = "\n\n".join(sentences(6))
     (tmp_path / "book.txt").write_text(f"\n\n {book}\n\n\n", encoding="utf-8")
     folder = prepare(tmp_path, tmp_path / "book.txt", document_per_file=True, name="book")
     assert documents_of(folder) == lowered([book])
-    documents = ["one\n\ntwo " * 10, "three\r\nfour\u2028five\x0csix " * 10, "half \ud83d of one " * 5]
+    documents = ["one\n\ntwo " * 10, "half \ud83d of one " * 5]
     source = write_source(tmp_path / "in.jsonl", ["", *documents, " \n"])
-    found = documents_of(prepare(tmp_path, source, vocab_size=265, val_fraction=0, name="jsonl"))
+    found = documents_of(prepare(tmp_path, source, vocab_size=262, val_fraction=0, name="jsonl"))
     assert found == [d.strip().replace("\ud83d", "\ufffd") for d in documents]
-    raw = b"\xef\xbb\xbfone and one\r\ntwo\r\n\r\nthree and three\r\n \r\n\r\nfour"
-    (tmp_path / "in.txt").write_bytes(raw)
+    (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfone and one\ntwo\n\nthree and three\n \n\nfour")
     found = documents_of(prepare(tmp_path, tmp_path / "in.txt", vocab_size=262, val_fraction=0))
     assert found == ["one and one\ntwo", "three and three", "four"]
+
+
+def test_line_ends(tmp_path, monkeypatch):
+    r"""\n, \r\n and \r end a line, and nothing else does; .txt and .jsonl give the same pieces."""
+    monkeypatch.setattr(data, "PIECE", 60)
+    lines = [f"{text} of" for text in "\n".join(sentences(40)).split("\n")]
+    text, found = "\n".join(lines) + "\none\u2028two\x0cthree\x1dfour\x85five\x0bsix\n", []
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "in.txt").write_bytes(text.replace("\n", end).encode())
+        write_source(tmp_path / "in.jsonl", [text.replace("\n", end)])
+        found += [prepare(tmp_path, tmp_path / name, name=f"{name}{len(found)}", val_fraction=0.3)
+                  for name in ("in.txt", "in.jsonl")]
+    for name in FILES[1:]:
+        assert len({contents(folder)[name] for folder in found}) == 1
+    numbers = [number for number, _ in data.read_lines(tmp_path / "in.txt")]
+    assert numbers == list(range(1, len(lines) + 2)) and len(ids_of(found[0], "val")) > 100
 
 
 def test_the_command_gives_the_same_bytes_by_any_number_of_workers(tmp_path, monkeypatch):
@@ -367,14 +397,15 @@ def test_the_split_depends_on_the_text_alone(tmp_path):
 def test_the_tokenizer_of_a_corpus_is_reused(corpus, tmp_path):
     source = write_source(tmp_path / "in.txt", sentences(20, seed=3))
     folder = prepare(tmp_path, source, encoding=str(corpus))
-    assert contents(folder)["tokenizer.tiktoken"] == contents(corpus)["tokenizer.tiktoken"]
+    assert contents(folder)["tokenizer_state.json"] == contents(corpus)["tokenizer_state.json"]
     assert sorted(documents_of(folder)) == sorted(lowered(sentences(20, seed=3)))
     for conflict in ({"vocab_size": 401}, {"lowercase": False}):
         with pytest.raises(data.InputError, match="vocab_size=400.*lowercase=True"):
             prepare(tmp_path, source, encoding=str(corpus), name="new", **conflict)
     cased = prepare(tmp_path, source, name="cased", lowercase=False)
     again = prepare(tmp_path, source, name="again", encoding=str(cased))
-    assert contents(cased)["train.bin"] == contents(again)["train.bin"] and not meta_of(again)["lowercase"]
+    assert contents(cased)["train.bin"] == contents(again)["train.bin"]
+    assert contents(cased)["tokenizer_state.json"] == contents(again)["tokenizer_state.json"]
 
 
 @pytest.mark.parametrize("highest, dtype", [(65531, "uint16"), (65532, "uint32")])
@@ -388,7 +419,7 @@ def test_an_encoding_of_tiktoken(tmp_path, monkeypatch, highest, dtype):
     folder = prepare(tmp_path, source, encoding="gpt2", val_fraction=0, lowercase=False)
     meta, sep = meta_of(folder), highest + 3
     assert meta["special_ids"] == dict(zip(SPECIALS, range(highest + 1, highest + 5)))
-    assert meta["dtype"] == dtype and meta["pattern"] == r" ?\w+|\W"
+    assert meta["dtype"] == dtype and data.Tokenizer.load(folder).pattern == r" ?\w+|\W"
     wanted = [i for d in documents for i in [*encoding.encode_ordinary(d), sep]]
     assert ids_of(folder, "train").tolist() == wanted and wanted[0] == highest
     assert data.Tokenizer.load(folder).pieces([highest, 300, sep]) == ["the", "", "[SEP]"]
@@ -400,24 +431,54 @@ def test_an_encoding_of_tiktoken(tmp_path, monkeypatch, highest, dtype):
 # What goes wrong
 
 
-@pytest.mark.parametrize("sent, send, written", [
-    (signal.SIGTERM, os.kill, True), (signal.SIGINT, os.killpg, True), (signal.SIGINT, os.killpg, False)])
-def test_a_signal_leaves_nothing_and_no_traceback(corpus, tmp_path, sent, send, written):
-    """Ctrl-C reaches the whole group of processes: workers at work, or workers that are just starting."""
+@pytest.mark.parametrize("sent, send", [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+def test_a_signal_leaves_nothing_and_no_traceback(corpus, tmp_path, sent, send):
+    """Ctrl-C reaches the whole group of processes."""
     write_source(tmp_path / "in.txt", sentences(3000) * 60)
     process = start(tmp_path, "in.txt", "--name=new", f"--encoding={corpus}", "--workers=2",
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
-        while not any(file.stat().st_size >= written for file in tmp_path.glob("data/.new.*/new/train.bin")):
+        while not any(file.stat().st_size for file in tmp_path.glob("data/.new~*/new/train.bin")):
             assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(0.2)
         send(process.pid, sent)
         _, err = process.communicate(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + sent and err == "" and listing(tmp_path / "data") == []
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    write_source(tmp_path / "in.txt", sentences(3000) * 60)
+    process = start(tmp_path, "in.txt", "--name=new", "--workers=2", "--vocab_size=300")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(started := children.read_text().split()) < 3:  # two workers, and multiprocessing's tracker
+        time.sleep(0.01)
+    time.sleep(1)
+    process.kill()
+    process.communicate(timeout=60)  # their ends of stdout are closed
+    assert not any(Path("/proc", child, "exe").exists() for child in started)
+
+
+SCRIPTS = {
+    "no guard": "data.prepare(['in.txt'], name='new', vocab_size=300, workers=2)",
+    "thread": """
+import threading
+threading.Thread(target=data.prepare, args=(["in.txt"],),
+                 kwargs={"name": "new", "vocab_size": 300, "workers": 2}).start()
+"""}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_prepare_in_a_script(tmp_path, script):
+    """Without `if __name__ == "__main__"`, or in a thread. The workers do not run the script as well."""
+    write_source(tmp_path / "in.txt", sentences(100))
+    (tmp_path / "script.py").write_text(f"import data\nprint('begins')\n{SCRIPTS[script]}")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("begins") == 1
+    assert sorted(os.listdir(tmp_path / "data" / "new")) == FILES
 
 
 def test_overwrite_replaces_a_corpus_or_leaves_it(tmp_path, monkeypatch):
@@ -439,10 +500,12 @@ def test_overwrite_replaces_a_corpus_or_leaves_it(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", rename_and_stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, second, overwrite=True)
-    with monkeypatch.context() as patch:  # as if another command wrote it meanwhile
-        patch.setattr(data, "checksum", lambda path: str(os.utime(folder)))
-        with pytest.raises(data.InputError, match="meanwhile"):
-            prepare(tmp_path, second, overwrite=True)
+    assert contents(folder) == before and os.listdir(tmp_path / "data") == ["corpus"]
+    killed = tmp_path / "data" / ".corpus~killed"  # between the two renames: the next command finds it
+    (killed / "new").mkdir(parents=True)
+    os.rename(folder, killed / "old")
+    with pytest.raises(data.InputError, match="overwrite"):
+        prepare(tmp_path, second)
     assert contents(folder) == before and os.listdir(tmp_path / "data") == ["corpus"]
     prepare(tmp_path, second, overwrite=True, encoding=str(folder))  # with its own tokenizer
     assert sorted(documents_of(folder)) == sorted(lowered(sentences(40, seed=1)))
@@ -478,7 +541,8 @@ PACKED = gzip.compress(GOOD * 20, mtime=0)
     ("a.txt.gz", PACKED[:-30], "in", "in/a.txt.gz"),
     ("a.txt.gz", PACKED[:50] + b"\xff" * 40 + PACKED[90:], "in", "in/a.txt.gz"),
     ("a.txt", b"\n \n\t\n", "in", "no text"),
-    ("a.txt", GOOD, "--encoding=in", "in is not a corpus"),
+    ("a.txt", GOOD, "--encoding=in", "python convert.py in"),
+    ("a.txt", GOOD, "--name=", "--name"),
     ("a.txt", GOOD, "--encoding=gpt3", "gpt3"),
     ("a.txt", GOOD, "--name=../new", "--name='../new'"),
     ("a.txt", GOOD, "--data_dir=in/a.txt/out", "in/a.txt")])
@@ -495,16 +559,26 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, nam
 
 
 @pytest.mark.parametrize("name, damage", [
-    ("train.bin", lambda raw: bytes([raw[0] ^ 1]) + raw[1:]),
-    ("tokenizer.tiktoken", lambda raw: raw.replace(b"IHQ= ", b"enp6 ")),
-    ("meta.json", lambda raw: raw[:-10]),
-    ("meta.json", lambda raw: raw.replace(b'"[SEP]": 398', b'"[SEP]": 390'))])
+    ("train.bin", lambda raw: raw[:-2]),
+    ("tokenizer_state.json", lambda raw: raw.replace(b"IHQ= ", b"enp6 ")),
+    ("meta.json", lambda raw: raw[:-10])])
 def test_a_damaged_corpus_is_refused(corpus, tmp_path, name, damage):
     path = shutil.copytree(corpus, tmp_path / "copy") / name
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(data.InputError, match="copy"):
         data.Tokenizer.load(path.parent)
         sequences(path.parent)
+
+
+def test_a_corpus_of_an_older_version_is_refused(corpus, tmp_path):
+    folder = shutil.copytree(corpus, tmp_path / "data" / "corpus")
+    (folder / "tokenizer_state.json").rename(folder / "tokenizer.tiktoken")
+    meta = (folder / "meta.json").read_text().replace('"tokenizer_state"', '"tokenizer"')
+    (folder / "meta.json").write_text(meta)
+    source = write_source(tmp_path / "in.txt", sentences(40))
+    for use in (data.Tokenizer.load, sequences, lambda folder: prepare(tmp_path, source, overwrite=True)):
+        with pytest.raises(data.InputError, match="older version; remove it and prepare it again"):
+            use(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -533,6 +607,8 @@ def test_each_epoch_is_a_permutation_of_the_corpus(corpus, tokenizer):
     epochs = [rows[i : i + n] for i in range(0, 4 * n, n)]
     wanted = sorted(tuple(stream[i * (T - 1) : (i + 1) * (T - 1)].tolist()) for i in range(n))
     assert all(sorted(epoch) == wanted for epoch in epochs) and len(set(map(tuple, epochs))) == 4
+    assert found.order(3).dtype == np.uint32  # half of what numpy's permutation takes, and equal
+    assert found.order(3).tolist() == np.random.default_rng([0, 0, 3]).permutation(n).tolist()
 
 
 def test_masks_crops_and_uniforms(corpus, tokenizer):
@@ -581,11 +657,8 @@ def test_batches_of_any_number_of_processes_and_passes_are_the_same(corpus, worl
 
 @pytest.mark.parametrize("token", [400, 398])
 def test_unusable_tokens_are_refused(corpus, tmp_path, token):
-    """Beyond the vocabulary, or [SEP] alone. Their checksum is right: they were written so."""
+    """Beyond the vocabulary, or [SEP] alone."""
     folder = shutil.copytree(corpus, tmp_path / "copy")
-    np.full(9999, token, np.uint16).tofile(folder / "train.bin")
-    meta = meta_of(folder)
-    meta["sha256"]["train"] = data.checksum(folder / "train.bin")
-    (folder / "meta.json").write_text(json.dumps(meta))
+    np.full(len(ids_of(folder, "train")), token, np.uint16).tofile(folder / "train.bin")
     with pytest.raises(data.InputError, match="train.bin"):
         sequences(folder).batch(0, [0], 1)

@@ -240,7 +240,7 @@ def test_bad_input_of_two_processes_is_said_once(options, tmp_path):
     nodes = [["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--nproc_per_node=2"]]
     _, said = finish(start(*options, f"--out_dir={tmp_path}/out", "--dataset=nothing",
                             "--micro_batch_size=6", nodes=nodes))
-    assert said.count("train.py, process") == said.count("nothing; make it") == 1
+    assert said.count("nothing; make it") == 1
     assert "exitcode  : 2" in said and not (tmp_path / "out").exists()
 
 
