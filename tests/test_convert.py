@@ -3,10 +3,10 @@
 Releases are written here: the fixtures, whose outputs the authors' own code computed, and random ones.
 """
 
-import base64
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import unicodedata
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -320,12 +321,6 @@ def pieces(tmp_path_factory):
     return folder
 
 
-def read(folder):
-    """The tokenizer of the sp.model and dict.txt in a folder"""
-    model = base64.b64encode((folder / "sp.model").read_bytes()).decode()
-    return data.SentencePieceTokenizer(model, (folder / "dict.txt").read_text(encoding="utf-8"), path=folder)
-
-
 def is_mark(character):
     return character.isascii() and not character.isalnum() or unicodedata.category(character)[0] == "P"
 
@@ -373,11 +368,7 @@ def test_cleaning_of_random_texts():
 
 
 def test_ids_offsets_and_text(pieces):
-<<<<<<< HEAD:tests/test_convert.py
     tokenizer, dropped = convert.read_tokenizer(pieces), 0
-=======
-    tokenizer, dropped = read(pieces), 0
->>>>>>> data:tests/test_release.py
     import sentencepiece
     processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "sp.model"))
     lines = (pieces / "dict.txt").read_text(encoding="utf-8").splitlines()
@@ -403,11 +394,7 @@ def test_ids_offsets_and_text(pieces):
 
 @pytest.mark.parametrize("text", ["cat[MASK]cat", "cat[CLS]cat", "cat[PAD]", "<s> <pad> </s>", "<mask>"])
 def test_what_spells_a_special_token_is_ordinary_text(pieces, text):
-<<<<<<< HEAD:tests/test_convert.py
     tokenizer = convert.read_tokenizer(pieces)
-=======
-    tokenizer = read(pieces)
->>>>>>> data:tests/test_release.py
     assert not set(tokenizer.encode(text)) & set(tokenizer.special_ids.values())
 
 
@@ -432,11 +419,7 @@ def test_a_damaged_sp_model(pieces, tmp_path, content):
     shutil.copy(pieces / "dict.txt", tmp_path)
     (tmp_path / "sp.model").write_bytes(content)
     with pytest.raises(data.InputError, match="sp.model"):
-<<<<<<< HEAD:tests/test_convert.py
         convert.read_tokenizer(tmp_path).encode("a text")
-=======
-        read(tmp_path).encode("a text")
->>>>>>> data:tests/test_release.py
 
 
 @pytest.mark.parametrize("text", [
@@ -473,7 +456,6 @@ def converted_releases(pieces, tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(converted_releases, tmp_path_factory):
     """The folder of a corpus `toy`, of their tokenizer"""
-<<<<<<< HEAD:tests/test_convert.py
     return runs.make_corpus(tmp_path_factory.mktemp("corpus"), encoding=str(converted_releases["fairseq"][0]),
                             vocab_size=None)
 
@@ -481,16 +463,6 @@ def corpus(converted_releases, tmp_path_factory):
 def test_a_corpus_of_their_tokenizer(pieces, corpus):
     theirs, tokenizer = convert.read_tokenizer(pieces), data.Tokenizer.load(corpus)
     assert tokenizer.encode("the cat, sat") == theirs.encode("the cat, sat")
-=======
-    folder = tmp_path_factory.mktemp("corpus")
-    torch.save({"tokenizer": read(pieces).state()}, folder / "ckpt.pt")
-    return runs.make_corpus(folder, encoding=str(folder), vocab_size=None)
-
-
-def test_a_corpus_of_their_tokenizer(pieces, corpus):
-    theirs, tokenizer = read(pieces), data.Tokenizer.load(corpus)
-    assert tokenizer.state() == theirs.state()
->>>>>>> data:tests/test_release.py
     val = np.fromfile(corpus / "val.bin", tokenizer.dtype).tolist()
     documents = [data.clean(text)[0] for text in (corpus.parent / "toy.txt").read_text().split("\n\n")]
     first = val[: val.index(tokenizer.sep_id)]
@@ -500,16 +472,8 @@ def test_a_corpus_of_their_tokenizer(pieces, corpus):
 @EACH_KIND
 def test_from_a_release_to_the_end(converted_releases, corpus, tmp_path, kind, command):
     """Continued pretraining, whose learning rate of 0 shows what it starts from; fine-tuning; vectors."""
-<<<<<<< HEAD:tests/test_convert.py
     checkpoint, expected = converted_releases[kind]
     options = [f"--init_from={checkpoint}", "--dtype=float32", "--device=cpu"]
-=======
-    config = coco.Config(vocab_size=read(pieces).vocab_size, **OTHER)
-    expected = random_release(tmp_path, kind, config)
-    for file in pieces.iterdir():
-        shutil.copy(file, tmp_path)
-    options = [f"--init_from={tmp_path}", "--dtype=float32", "--device=cpu"]
->>>>>>> data:tests/test_release.py
     training = [*options, f"--data_dir={corpus.parent}", "--dataset=toy", f"--out_dir={tmp_path}/out",
                 "--learning_rate=0", "--batch_size=4", "--max_steps=3", "--eval_batches=1"]
     for contradiction in ("--layers=2", "--max_len=32", "--relative_bins=64"):
@@ -521,12 +485,7 @@ def test_from_a_release_to_the_end(converted_releases, corpus, tmp_path, kind, c
     for name, parameter in model.named_parameters():
         if kind == "fairseq" or name.startswith(("main", "scl")):
             assert torch.equal(parameter, expected[name]), name
-<<<<<<< HEAD:tests/test_convert.py
     assert tokenizer.state() == data.Tokenizer.load(checkpoint).state()
-=======
-    assert tokenizer.state() == data.Tokenizer.load(tmp_path / "out" / "ckpt.pt").state() == \
-        read(pieces).state()
->>>>>>> data:tests/test_release.py
 
     (tmp_path / "CoLA").mkdir()
     lines = [f"x\t{i % 2}\t\tthe {'cat' if i % 2 else 'dogs'} sat\n" for i in range(32)]
@@ -540,59 +499,249 @@ def test_from_a_release_to_the_end(converted_releases, corpus, tmp_path, kind, c
     tokens = tokenizer.batch(["the cat sat " * 20, "dogs"])
     assert tokens.shape == (2, 24)
     close(model.embed(tokens).norm(dim=1), torch.ones(2))
-<<<<<<< HEAD:tests/test_convert.py
-=======
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Texts to ids to vectors
+# To Hugging Face: stock models give what ours gives
+
+SMALL = dict(max_len=32, layers=2, width=16, heads=2, ffn_width=24, auxiliary_layers=1, relative_bins=8,
+             max_distance=12)
+SHAPES = {}  # the heads, widths and bins of the presets, with two layers
+for preset, max_len in (("tiny", 128), ("small", 64), ("base", 128), ("base++", 160), ("large++", 288)):
+    config = coco.Config.from_preset(preset, vocab_size=300)
+    SHAPES[preset] = {name: getattr(config, name) for name in SMALL}
+    SHAPES[preset] |= dict(layers=2, auxiliary_layers=1, ffn_width=64, max_len=max_len)
 
 
-@pytest.mark.parametrize("pairs", [None, ["on a mat " * 9, "cats", ""]], ids=["texts", "pairs"])
-def test_batch(tmp_path, pairs):
-    words = Counter({" the": 9, " cat": 7, " sat": 5, " on": 3})
-    tokenizer = data.Tokenizer(data.train_bpe(words, 262), data.PATTERN, True)
-    texts = ["The cat", "", "the cat sat on the mat " * 3]
-    for max_len in (None, 11):
-        rows = [tokenizer.encode_pair(*both, max_len=max_len) for both in zip(texts, pairs or [None] * 3)]
-        width = max(map(len, rows))
-        batch = tokenizer.batch(texts, pairs, max_len)
-        assert batch.tolist() == [row + [tokenizer.pad_id] * (width - len(row)) for row in rows]
-        assert batch.dtype == torch.int64 and (max_len is None or width == 11)
-    assert tokenizer.batch([]).shape == (0, 0) and tokenizer.batch([]).dtype == torch.int64
-    for arguments in (("the cat",), (["the cat"], "sat")):
-        with pytest.raises(TypeError, match="list"):
-            tokenizer.batch(*arguments)
-
-    config = coco.Config(tokenizer.vocab_size, max_len=16, layers=1, width=16, heads=2, auxiliary_layers=1)
-    torch.save({"model": coco.COCOLM(config).state_dict(), "config": vars(config), "step": 1,
-                "tokenizer": tokenizer.state()}, tmp_path / "ckpt.pt")
-    _, loaded = train.load_checkpoint(tmp_path / "ckpt.pt")
-    assert loaded.batch(texts, pairs).tolist() == tokenizer.batch(texts, pairs, 16).tolist()
-    corpus = runs.make_corpus(tmp_path, encoding=str(tmp_path / "ckpt.pt"), vocab_size=None)
-    assert data.Tokenizer.load(corpus).state() == tokenizer.state()
+@pytest.fixture(scope="session")
+def hf():
+    """transformers, which stays offline"""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    for package in ("safetensors", "tokenizers"):
+        pytest.importorskip(package, reason=f"pip install {package}")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(contrastive=False), dict(token_task="mlm")], ids=str)
-def test_embed(changes):
-    """Equal to one text at a time without padding, in more than one batch, with dropout and without order."""
+def small_tokenizer(pattern=data.PATTERN, lowercase=True):
+    text = "the cat sat on the mat. it's 1234 dogs, they'll bark; naïve cats and lower lowest mats 12 34 " * 3
+    words = Counter(data.regex.findall(pattern, text))
+    return data.Tokenizer(data.train_bpe(words, 300), pattern, lowercase)
+
+
+def exported(folder, **changes):
+    """(our model, its tokenizer, the folder for Hugging Face) of random weights"""
+    tokenizer = small_tokenizer()
+    model = coco.COCOLM(coco.Config(tokenizer.vocab_size, **SMALL | changes)).eval()
     torch.manual_seed(0)
-    model = coco.COCOLM(coco.Config(60, max_len=16, layers=2, width=16, heads=2, ffn_width=24, dropout=0.5,
-                                    auxiliary_layers=1, relative_bins=8, max_distance=12, **changes))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    lengths, pad_id = torch.randint(1, 17, (70,)), model.config.pad_id
-    tokens = torch.randint(0, pad_id, (70, 16)).masked_fill(torch.arange(16) >= lengths[:, None], pad_id)
-    slow = [model.eval().main(row[None, :n])[0].detach().double().mean(0) for row, n in zip(tokens, lengths)]
-    slow = torch.stack([(vector / vector.square().sum().sqrt()).float() for vector in slow])
-    model.train()
-    for batch_size in (64, 7):
-        vectors = model.embed(tokens, batch_size)
-        close(vectors, slow)
-        assert vectors.dtype == torch.float32 and not vectors.requires_grad and model.training
-    with torch.autocast("cpu", torch.bfloat16):
-        vectors = model.embed(tokens)
-    assert vectors.dtype == torch.float32 and (vectors - slow).abs().max() < 0.05
-    with pytest.raises(AssertionError, match="embed"):
-        model(tokens)
->>>>>>> data:tests/test_release.py
+    for name, parameter in model.named_parameters():
+        size = 1.0 if "relative" in name else 0.4 / model.config.width**0.5
+        parameter.data += size * torch.randn_like(parameter)
+    torch.save({"model": model.state_dict(), "config": vars(model.config), "step": 3,
+                "tokenizer": tokenizer.state()}, folder / "ckpt.pt")
+    convert.main([str(folder / "ckpt.pt"), str(folder / "hf")])
+    return model, tokenizer, folder / "hf"
+
+
+def equal_hidden_states(model, theirs, first=4):
+    """At max_len, one token below, and with padding; first: the id that the first token has there"""
+    c = model.config
+    tokens = torch.randint(5, c.vocab_size - 5, (3, c.max_len))
+    tokens[1, c.max_len - 1 :] = tokens[2, c.max_len // 3 :] = c.pad_id
+    for part in (tokens, tokens[1:, : c.max_len - 1], tokens[2:, : c.max_len // 2]):
+        mask = part != c.pad_id
+        with torch.no_grad():
+            expected = model.main(part)[mask]
+            found = theirs(input_ids=(part + first) % c.vocab_size, attention_mask=mask.long())
+        torch.testing.assert_close(found.last_hidden_state[mask], expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("changes", [*SHAPES.values(), dict(relative_positions=False)],
+                         ids=[*SHAPES, "relative_positions=False"])
+def test_hidden_states(tmp_path, hf, changes):
+    model, _, folder = exported(tmp_path, **changes)
+    theirs = hf.AutoModel.from_pretrained(folder)
+    assert type(theirs) is (hf.BertModel if changes == dict(relative_positions=False) else hf.LayoutLMv3Model)
+    equal_hidden_states(model, theirs)
+
+
+@EACH_KIND
+def test_hidden_states_of_a_release(tmp_path, hf, kind, capsys):
+    """Its vocabulary stays in order; its tokenizer is not a stock one, which is said."""
+    weights, *_ = official(kind)
+    write_release(tmp_path, kind, weights)
+    model, _ = converted(tmp_path, tmp_path / "new.pt")
+    convert.main([str(tmp_path / "new.pt"), str(tmp_path / "hf")])
+    assert "no tokenizer" in capsys.readouterr().out and not list(tmp_path.glob("hf/tokenizer*"))
+    equal_hidden_states(model, hf.AutoModel.from_pretrained(tmp_path / "hf"), first=0)
+
+
+ODD = [
+    "İ", "ı", "Σ", "ΑΣ", "ς", "é", "e\u0301", "\u0307", "i\u0307", "\0", "\r\n", "\r", "\n\n", "\u00a0",
+    "\u2028", "\u0085", "\x1c", "\u200b", "🙂", "👩‍👧", "\U0010fffe", "[MASK]", "[CLS]", "[PAD]", "[mask]",
+    "'s", "'LL", "’s", "12345", "²½", "٣٤", "中文", "ผู้", "ǅ", "ß", "ẞ", "  ", "\t", "the", " cat", "lower",
+    "LOWEST", "_", "#", "a"]
+CL100K = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|""" \
+         r"""\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+@pytest.mark.parametrize("pattern, lowercase", [
+    (data.PATTERN, True), (data.PATTERN, False), (GPT2, True), (CL100K, False)],
+    ids=["ours", "ours, cased", "gpt2", "cl100k"])
+def test_ids_of_odd_texts(tmp_path, hf, pattern, lowercase):
+    """Texts, pairs, and what is cut"""
+    tokenizer, draw = small_tokenizer(pattern, lowercase), random.Random(0)
+    config = coco.Config(tokenizer.vocab_size, **SMALL)
+    torch.save({"model": coco.COCOLM(config).state_dict(), "config": vars(config), "step": 3,
+                "tokenizer": tokenizer.state()}, tmp_path / "ckpt.pt")
+    convert.main([str(tmp_path / "ckpt.pt"), str(tmp_path / "hf")])
+    theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
+
+    def mine(*texts, max_len=10**6):
+        return [(i + 4) % tokenizer.vocab_size for i in tokenizer.encode_pair(*texts, max_len=max_len)]
+
+    texts = ["".join(draw.choices(ODD, k=draw.randint(0, 12))) for _ in range(1000)]
+    for text, other in zip(texts, texts[1:]):
+        assert theirs(text).input_ids == mine(text), repr(text)
+    assert theirs(text, other).input_ids == mine(text, other)
+    text = "the cat sat " * 30
+    assert theirs(text, truncation=True).input_ids == mine(text, max_len=32)
+    assert theirs.convert_tokens_to_ids(
+        [theirs.pad_token, theirs.cls_token, theirs.sep_token, theirs.mask_token]) == [0, 1, 2, 3]
+    assert theirs.decode(theirs("the cat's 12 naïve mats").input_ids[1:-1]) == "the cat's 12 naïve mats"
+    assert list(theirs("the cat")) == ["input_ids", "attention_mask"]
+
+
+@pytest.fixture(scope="session")
+def finetuned(tmp_path_factory):
+    """task -> best.pt, of a real run: two or three classes of a text or a pair, and numbers"""
+    folder = tmp_path_factory.mktemp("finetuned")
+    runs.make_corpus(folder)
+    train.main(f"--dataset=toy --data_dir={folder} --out_dir={folder}/out --layers=2 --width=32 --heads=2 "
+               "--ffn_width=64 --max_len=64 --max_steps=3 --warmup_steps=1 --batch_size=4 --eval_interval=3 "
+               "--eval_batches=1 --dtype=float32 --device=cpu".split())
+    for task, header, labels in (
+            ("reviews", "text", ["good", "bad"]), ("ratings", "text", ["-2.5", "0", "7"]),
+            ("pairs", "premise\thypothesis", ["yes", "no", "maybe"])):
+        (folder / task).mkdir()
+        rows = "".join(f"{labels[i % len(labels)]}\t{labels[i % len(labels)]} film {i}"
+                       + "\tit is good" * (task == "pairs") + "\n" for i in range(12))
+        for split in ("train", "dev"):
+            (folder / task / f"{split}.tsv").write_text(f"label\t{header}\n{rows}")
+        finetune.main([f"--task={task}", f"--data_dir={folder}", f"--init_from={folder}/out/ckpt.pt",
+                       f"--out_dir={folder}/fine", "--epochs=3", "--learning_rate=0.01", "--dtype=float32",
+                       "--device=cpu", f"--regression={task == 'ratings'}"])
+    return {path.parent.name: path for path in folder.glob("fine/*/best.pt")}
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("name", ["reviews", "pairs", "ratings"])
+def test_a_fine_tuned_model(tmp_path, hf, finetuned, name, relative):
+    """Equal logits of texts and pairs; a regression gives the score. `pipeline` has the labels' names."""
+    saved = data.read_torch(finetuned[name])
+    saved["config"]["relative_positions"] = relative
+    saved["model"] = {k: v for k, v in saved["model"].items() if relative or k != "encoder.relative.weight"}
+    torch.save(saved, tmp_path / "best.pt")
+    model, tokenizer, task = finetune.load_finetuned(tmp_path / "best.pt")
+    convert.main([str(tmp_path / "best.pt"), str(tmp_path / "hf")])
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    their_tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts, others = ["a good film", "Bad. " * 30, ""], ["it is good", "no", "maybe"]
+    for pairs in (None, others):
+        expected = model(tokenizer.batch(texts, pairs))
+        if not task["labels"]:
+            expected = task["low"] + (task["high"] - task["low"]) * expected
+        inputs = their_tokenizer(texts, pairs, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            close(theirs(**inputs).logits, expected)
+    assert list(theirs.config.id2label.values()) == (task["labels"] or ["score"])
+    function = {} if task["labels"] else {"function_to_apply": "none"}  # the first versions take sigmoid
+    said = hf.pipeline("text-classification", str(tmp_path / "hf"), **function)("a good film")[0]
+    first = model(tokenizer.batch(["a good film"]))[0]
+    if task["labels"]:
+        assert said["label"] == task["labels"][first.argmax()]
+        assert said["score"] == pytest.approx(first.softmax(0).max().item(), abs=1e-5)
+    else:
+        assert said["score"] == pytest.approx(9.5 * first.item() - 2.5, abs=1e-4)
+
+
+def test_the_encoder_of_a_squad_model(tmp_path, hf, finetuned, capsys):
+    saved = data.read_torch(finetuned["reviews"])
+    model = finetune.Model({"name": "SQuAD-2.0"}, coco.Config(**saved["config"]), 0.0).eval()
+    torch.save(saved | {"model": model.state_dict(), "task": {"name": "SQuAD-2.0"}}, tmp_path / "best.pt")
+    convert.main([str(tmp_path / "best.pt"), str(tmp_path / "hf")])
+    assert "not carried: out" in capsys.readouterr().out
+    tokens = torch.randint(5, 300, (2, 20))
+    theirs = hf.AutoModel.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        close(theirs(tokens + 4).last_hidden_state, model.encoder(tokens))
+
+
+def test_training_and_torch_export(tmp_path, hf):
+    """A stock token classifier learns; torch.export with dynamic batch and length changes nothing."""
+    _, _, folder = exported(tmp_path)
+    tagger = hf.AutoModelForTokenClassification.from_pretrained(folder, num_labels=3)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(["the cat sat", "mats"], padding=True, return_tensors="pt")
+    labels = inputs.input_ids % 3
+    optimizer = torch.optim.AdamW(tagger.eval().parameters(), lr=1e-3)
+    before = tagger(**inputs, labels=labels).loss
+    before.backward()
+    optimizer.step()
+    assert tagger(**inputs, labels=labels).loss < before
+    answers = hf.AutoModelForQuestionAnswering.from_pretrained(folder)
+    places = torch.tensor([1, 1])
+    answers(**inputs, start_positions=places, end_positions=places).loss.backward()
+
+    theirs, size = hf.AutoModel.from_pretrained(folder).eval(), dict.fromkeys((0, 1), torch.export.Dim.AUTO)
+    program = torch.export.export(theirs, (), dict(inputs), dynamic_shapes={name: size for name in inputs})
+    other = torch.randint(4, 300, (5, 11))
+    with torch.no_grad():
+        found = program.module()(input_ids=other, attention_mask=torch.ones_like(other)).last_hidden_state
+        torch.testing.assert_close(found, theirs(other).last_hidden_state)
+
+
+def test_sentence_transformers_gives_embed(tmp_path, hf):
+    reason = "pip install sentence-transformers"
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason=reason)
+    model, tokenizer, folder = exported(tmp_path)
+    texts = ["The cat sat on the mat.", "dogs", "", "it's naïve " * 30]
+    found = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(texts)
+    tokenizer.max_len = 32
+    expected = model.embed(tokenizer.batch(texts))
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-6)
+
+
+def test_the_model_card(tmp_path, hf, finetuned):
+    """It says what the model is; its lines of metadata are what the hub reads."""
+    yaml = pytest.importorskip("yaml")
+    pretrained = ["steps: 3", "tokens: 768", "text: toy", "preset: tiny", "auxiliary", torch.__version__]
+    for source, words in ((finetuned["reviews"], ["reviews", "accuracy on dev"]),
+                          (finetuned["reviews"].parents[2] / "out" / "ckpt.pt", pretrained)):
+        folder = tmp_path / source.stem
+        convert.main([str(source), str(folder)])
+        _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(metadata)["library_name"] == "transformers"
+        assert all(word in text for word in words), text
+
+
+def test_what_cannot_be_exported(tmp_path, hf, monkeypatch, command):
+    """An existing target stays; what is missing or does not fit is a sentence; nothing is left behind."""
+    _, _, folder = exported(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    status, said = command(convert.main, tmp_path / "ckpt.pt", folder)
+    assert status == 2 and "exists" in said
+    saved = data.read_torch(tmp_path / "ckpt.pt")
+    for change in (dict(width=20, heads=2), dict(none=1), dict(heads="many")):
+        torch.save(saved | {"config": saved["config"] | change}, tmp_path / "ckpt.pt")
+        status, said = command(convert.main, tmp_path / "ckpt.pt", tmp_path / "new")
+        assert status == 2 and "Traceback" not in said, said
+    torch.save(saved, tmp_path / "ckpt.pt")
+    for package in ("tokenizers", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, package, None)
+        status, said = command(convert.main, tmp_path / "ckpt.pt", tmp_path / "new")
+        assert status == 2 and f"pip install {package.split('.')[0]}" in said, said
+    assert sorted(tmp_path.rglob("*")) == before
