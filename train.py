@@ -76,7 +76,7 @@ keep_interval: int = 0            # steps between checkpoints that stay, as ckpt
 
 SCHEDULES = {  # batch_size and max_steps of base and above [paper, model]; all else has no source: [ours]
     "tiny": dict(batch_size=16, micro_batch_size=16, max_steps=1300, warmup_steps=300, learning_rate=1.5e-3,
-                 eval_interval=650, eval_batches=16, checkpoint_interval=200),
+                 eval_interval=100, eval_batches=16, checkpoint_interval=200),
     "base": dict(batch_size=2048, micro_batch_size=32, max_steps=125_000, warmup_steps=10_000,
                  learning_rate=5e-4, eval_interval=1000, eval_batches=8, checkpoint_interval=1000),
 }
