@@ -438,13 +438,13 @@ def test_flops_are_those_that_torch_counts(changes):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Must stay green whatever the layer is: these know no architecture. (To change the layer: tests/README.md.)
+# Must stay green whatever the layer is: these know no architecture. pytest tests/test_model.py -k any_layer
 
 PATHS = pytest.mark.parametrize("encoder", ["main", "auxiliary"])
 
 
 @PATHS
-def test_output_at_positions_is_that_of_the_whole(encoder):
+def test_any_layer_gives_at_positions_what_it_gives_everywhere(encoder):
     model, batch = example(auxiliary_layers=2, auxiliary_width=8)
     encoder, tokens, positions = getattr(model, encoder), batch["tokens"], batch["masked"].flip(1)
     for padding in (False, tokens > 15, None):
@@ -453,7 +453,7 @@ def test_output_at_positions_is_that_of_the_whole(encoder):
 
 
 @PATHS
-def test_padding_and_the_rest_of_the_batch_change_nothing(encoder):
+def test_any_layer_ignores_padding_and_the_rest_of_the_batch(encoder):
     model, batch = example(auxiliary_layers=2)
     encoder, tokens = getattr(model, encoder), batch["tokens"].clone()
     lengths = (16, 5, 9)
@@ -467,7 +467,7 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(encoder):
 
 
 @EACH_ABLATION
-def test_a_hook_on_every_linear_fires_on_every_path(changes):
+def test_any_layer_calls_every_linear_on_every_path(changes):
     """So that adapters (LoRA), hooks and quantised layers see all that the layer computes."""
     model, batch = example(**changes)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -483,14 +483,14 @@ def test_a_hook_on_every_linear_fires_on_every_path(changes):
 
 
 @EACH_ABLATION
-def test_gradients_reach_every_parameter(changes):
+def test_any_layer_sends_a_gradient_to_every_parameter(changes):
     model, batch = example(**changes)
     model(batch)[0]["loss"].backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()] == []
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(relative_positions=False)], ids=str)
-def test_bfloat16_weights_and_export(changes):
+def test_any_layer_takes_bfloat16_weights_and_export(changes):
     """Weights of another type, and torch.export with a dynamic batch and length."""
     model, batch = example(**changes)
     model.eval()
