@@ -10,7 +10,7 @@
           +--> [CLS] vector, contrasted with the [CLS] vector of
     X^crop           [CLS] sat on the ...                 a random contiguous 90 % of X, through the main too
 
-Read from the top: everything is introduced before it is used. Files and processes are train.py's.
+Read from the top; in a hurry, read the equations and COCOLM.forward. Files and processes are train.py's.
 
 Sources of the facts, as the docstrings cite them:
   [paper]  Meng et al., "COCO-LM: Correcting and Contrasting Text Sequences for Language Model Pretraining",
@@ -94,7 +94,7 @@ class Config:
 
     @property
     def masked(self):
-        """Masked positions of every sequence: all shapes are static, and means of means are means. [ours]"""
+        """Masked positions of every sequence: all shapes are static, a mean over passes is exact. [ours]"""
         return round(self.mask_fraction * (self.max_len - 1))
 
     @property
@@ -134,15 +134,19 @@ def check_config(c):
         value, choices = getattr(c, field.name), get_args(field.type)
         if choices and value not in choices:
             raise ValueError(f"{field.name}={value!r} has to be one of {', '.join(map(str, choices))}.")
+        kind = {bool: bool, int: int, float: (int, float), str: str}.get(field.type, object)
+        if not isinstance(value, kind):
+            raise ValueError(f"{field.name}={value!r} has to be of type {field.type.__name__}.")
         low, high = RANGES.get(field.name, (0, math.inf))
         if field.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
             raise ValueError(f"{field.name}={value} has to be finite and from {low} to {high}.")
     mixes = c.token_task == "clm" and c.copy_mechanism  # in all_token_mlm the LM loss trains the copy head
     for name, has_effect in {"corruption": c.token_task != "mlm", "copy_mechanism": c.token_task == "clm",
-                             "lm_loss": mixes, "stop_gradient": mixes}.items():
+                             "lm_loss": mixes, "stop_gradient": mixes,
+                             "auxiliary_dropout": c.has_auxiliary and c.corruption != "frozen"}.items():
         if not has_effect and getattr(c, name) != getattr(Config, name):
             raise ValueError(f"{name}={getattr(c, name)} has no effect with token_task={c.token_task}, "
-                             f"copy_mechanism={c.copy_mechanism}.")
+                             f"copy_mechanism={c.copy_mechanism}, corruption={c.corruption}.")
     for wrong, problem in (
         (c.pad_id >= c.vocab_size, f"pad_id={c.pad_id} is not in the vocabulary"),
         (c.mask_id >= c.vocab_size, f"mask_id={c.mask_id} is not in the vocabulary"),
@@ -300,7 +304,8 @@ class Encoder(nn.Module):
 
         With padding (B, T) it is (B, H, T, W), -inf at padding keys. CUDA's fused kernels want it in the type
         that attention computes in, and its rows at multiples of 8 elements; otherwise they copy it in every
-        layer. So W is the next such multiple above max_len; the columns behind T are not used.
+        layer. So W is such a multiple, above any T (torch.export sees one case); the columns behind T are not
+        used.
         """
         T = tokens.shape[1]
         if self.relative is None:
@@ -458,14 +463,6 @@ def scl_statistics(cosine):
     }
 
 
-def mean_cosine(pooled):
-    """Cosines of the mean-pooled hidden states of different sequences: near 1, all texts look the same to the
-    model.  (N, D) -> (2,)"""
-    unit = F.normalize(pooled.float(), dim=-1)
-    N = len(unit)
-    return torch.stack([unit.sum(0).square().sum() - N, torch.full((), N * (N - 1.0), device=unit.device)])
-
-
 @torch.no_grad()
 def statistics(batch, outputs, gather=None):
     """The statistics, name -> (sum, count), of what COCOLM.forward returned for a batch."""
@@ -482,8 +479,9 @@ def statistics(batch, outputs, gather=None):
     if "lm_tokens" in outputs:
         replaced = ~same.gather(1, batch["masked"])  # (B, K)
         found["lm_accuracy_replaced"] = sum_and_count(outputs["lm_tokens"] == originals, replaced)
-    pooled = outputs["pooled"][None]  # (1, B, D)
-    found["mean_cosine"] = mean_cosine((pooled if gather is None else gather(pooled))[0])
+    pooled = outputs["pooled"] if gather is None else gather(outputs["pooled"])  # (N, D)
+    unit, N = F.normalize(pooled, dim=-1), len(pooled)  # near 1, all texts look the same to the model
+    found["mean_cosine"] = torch.stack([unit.sum(0).square().sum() - N, unit.new_tensor(N * (N - 1.0))])
     if "scl_vectors" in outputs:
         found.update(scl_statistics(cosines(*outputs["scl_vectors"])))
     return found
@@ -532,12 +530,6 @@ class COCOLM(nn.Module):
             table = local_relative_table(c.relative_bins, module.heads, c.max_distance)
             module.relative.weight.data.add_(table)  # children come first: the small noise is there already
 
-    def train(self, mode=True):
-        super().train(mode)
-        if self.config.corruption == "frozen":
-            self.auxiliary.eval()
-        return self
-
     def copy_logits(self, hidden):
         """The copy head: the logit of p_copy.  (B, T, D) -> (B, T), float32"""
         return self.copy_head(hidden)[..., 0].float()
@@ -557,14 +549,14 @@ class COCOLM(nn.Module):
         logits = self.auxiliary.logits(hidden)  # (B, K, V)
         loss = mlm_loss(logits, tokens.gather(1, masked)).mean()
         with torch.no_grad():  # no gradient flows back through the choice of a token
-            if self.auxiliary.training and c.auxiliary_dropout > 0:  # an ablation: samples without dropout
+            if self.training and c.auxiliary_dropout > 0:  # an ablation: samples without dropout
                 hidden = self.auxiliary(masked_tokens, padding=False, positions=masked, dropout=0.0)
                 logits = self.auxiliary.logits(hidden)
             sampled = sample(logits, uniforms)  # (B, K)
         return tokens.scatter(1, masked, sampled), loss, logits.detach().argmax(-1)
 
     def corrective_lm_loss(self, lm_logits, copy_logits, originals, same):
-        """L_LM [paper] at the masked positions; it does not train the copy head.  (B, K, V), (B, K) -> ()"""
+        """L_LM [paper] at the masked positions. stop_gradient: it does not train the copy head.  -> ()"""
         c = self.config
         if c.stop_gradient:
             copy_logits = copy_logits.detach()
@@ -616,7 +608,8 @@ class COCOLM(nn.Module):
 
         # sequence contrastive learning: the crop goes through the main Transformer, for its [CLS] alone
         if c.contrastive:
-            crop_hidden = self.main(batch["crop"], padding=False, positions=torch.zeros_like(masked[:, :1]))
+            first = masked.new_zeros(len(masked), 1)  # (B, 1): the position of [CLS]
+            crop_hidden = self.main(batch["crop"], padding=False, positions=first)  # (B, 1, D)
             vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])]).float()
             if gather is not None and c.gather_negatives:
                 vectors = gather(vectors)  # (2, N, D)
@@ -641,7 +634,7 @@ class COCOLM(nn.Module):
         c = self.config
         if c.token_task == "mlm":
             return tokens.scatter(1, masked, c.mask_id)
-        return tokens.scatter(1, masked, (uniforms * c.vocab_size).long().clamp(max=c.vocab_size - 1))
+        return tokens.scatter(1, masked, (uniforms * c.vocab_size).long())
 
     def other_token_task(self, hidden, corrupted, tokens, masked, losses):
         """In place of corrective language modelling: ELECTRA's task, BERT's, or all-token MLM.

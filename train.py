@@ -91,8 +91,7 @@ MAY_CHANGE = {  # when a run is resumed
 }
 STARTS = ("scratch", "resume", "resume_or_scratch")  # anything else in init_from is a path
 SIZES = {"max_len", "layers", "width", "heads", "ffn_width", "auxiliary_layers", "auxiliary_width", "dropout",
-         "relative_positions", "relative_bins", "max_distance"}  # which a run takes from such a checkpoint
-MAY_DIFFER = {"dropout", "auxiliary_layers"}  # from those of that checkpoint
+         "relative_positions", "relative_bins", "max_distance"}  # taken from the checkpoint in init_from
 
 # torchrun tells each process which one it is
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -123,30 +122,26 @@ def read_settings(argv):
         sizes = {name: value for name, value in checkpoint["config"].items() if name in SIZES}
         its_preset = checkpoint.get("settings", {}).get("preset")  # a converted release may be like none
         preset = its_preset if its_preset in PRESETS else preset
-        if chosen.setdefault("preset", preset) != preset:
+        if chosen.get("preset", preset) != preset:
             raise InputError(f"{start} has preset={preset}, not {chosen['preset']}: leave --preset out.")
+        chosen["preset"] = preset
     args = Namespace(**defaults | SCHEDULES[preset] | PRESETS[preset] | sizes | constants | chosen)
 
-    if not chosen.keys() | constants.keys() >= {"micro_batch_size"}:  # the preset's is made to fit
+    if "micro_batch_size" not in constants | chosen:  # the preset's is made to fit
         while args.micro_batch_size > 1 and args.batch_size % (WORLD * args.micro_batch_size):
             args.micro_batch_size -= 1
-    check_settings(args)
-    args.processes, args.accumulation = WORLD, args.batch_size // (WORLD * args.micro_batch_size)
-    return args
-
-
-def check_settings(args):
-    """Refuses settings that contradict each other, before the text is prepared. Sets `negatives`."""
     if args.batch_size % (WORLD * args.micro_batch_size):
         raise InputError(f"batch_size={args.batch_size} is not a multiple of processes x micro_batch_size = "
                          f"{WORLD} x {args.micro_batch_size}.")
+    args.processes, args.accumulation = WORLD, args.batch_size // (WORLD * args.micro_batch_size)
     contrasted = args.micro_batch_size * (WORLD if args.gather_negatives else 1)
     args.negatives = 2 * contrasted - 2  # all vectors but itself and its twin
     if args.contrastive and not args.negatives:
         raise InputError("there are no negatives: choose a larger micro_batch_size or --contrastive=False.")
     if (args.corruption == "frozen") != bool(args.auxiliary_from):
         raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT need each other.")
-    make_config(args, vocab_size=2**16)
+    make_config(args, vocab_size=2**16)  # raises an error before the text is prepared
+    return args
 
 
 def make_config(args, **vocabulary):
@@ -248,7 +243,7 @@ def gather(vectors):
         return vectors
     parts = [torch.empty_like(vectors) for _ in range(WORLD)]
     dist.all_gather(parts, vectors.detach().contiguous())
-    parts[RANK] = vectors.detach() + WORLD * (vectors - vectors.detach())  # the values are those of `vectors`
+    parts[RANK] = vectors.detach() + WORLD * (vectors - vectors.detach())  # vectors, its gradient times WORLD
     return torch.cat(parts, dim=-2)
 
 
@@ -339,7 +334,11 @@ def load_checkpoint(path, device="cpu"):
 
 
 def find_checkpoint(args, settings):
-    """The newest whole checkpoint of out_dir to resume from, and its path; (None, None) for a new run."""
+    """The newest whole checkpoint of out_dir to resume from, and its path; (None, None) for a new run.
+
+    A new run is refused where there are checkpoints or a log, unless it is told to overwrite them. A run that
+    was killed before its first checkpoint begins again: its log has the same settings.
+    """
     out, problems = Path(args.out_dir), ""
     if args.init_from in ("resume", "resume_or_scratch"):
         for path in (out / "ckpt.pt", out / "ckpt.prev.pt"):
@@ -352,21 +351,16 @@ def find_checkpoint(args, settings):
                     problems += f"{error} "
     if args.init_from == "resume":
         raise InputError(f"{problems}{out} holds no checkpoint to resume from.")
-    there, log = sorted(out.glob("ckpt*.pt")), out / "log.jsonl"
+    in_the_way = sorted([*out.glob("ckpt*.pt"), *out.glob("log.jsonl")])
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # then the files are of this run
-    begins_again = args.init_from == "resume_or_scratch" or restarted
-    if log.exists() and not (begins_again and is_log_of(log, settings)):  # killed before its first checkpoint
-        there.append(log)
-    if there and (begins_again or not args.overwrite):
-        raise InputError(f"{problems}{there[0]} is of another run: continue with --init_from=resume, replace"
-                         f" it with --init_from=scratch --overwrite=True, or choose another --out_dir.")
+    may_overwrite = args.overwrite and args.init_from != "resume_or_scratch" and not restarted
+    if (args.init_from == "resume_or_scratch" or restarted) and in_the_way == [out / "log.jsonl"]:
+        header, _, _ = read_log(in_the_way[0], 0)
+        may_overwrite = header and not changes_since(header["constants"], settings).keys() - MAY_CHANGE
+    if in_the_way and not may_overwrite:
+        raise InputError(f"{problems}{in_the_way[0]} is there already: continue with --init_from=resume, or "
+                         f"replace it with --init_from=scratch --overwrite=True, or use another --out_dir.")
     return None, None
-
-
-def is_log_of(path, settings):
-    """Whether a log's header has these settings."""
-    header, _, _ = read_log(path, 0)
-    return header is not None and not changes_since(header["constants"], settings).keys() - MAY_CHANGE
 
 
 def changes_since(before, settings):
@@ -388,9 +382,10 @@ def clean_folder(out, start, resumed_from):
 
 def restore(checkpoint, path, model, optimizer, scaler, settings):
     """Puts a run's checkpoint into model, optimizer and scaler -> the settings that have changed since."""
-    before, changes = checkpoint["settings"], changes_since(checkpoint["settings"], settings)
+    before = usual_settings(settings["preset"]) | checkpoint["settings"]
+    changes = changes_since(checkpoint["settings"], settings)
     if fixed := changes.keys() - MAY_CHANGE:
-        again = [f"--{name}={before.get(name)}" for name in sorted(fixed - {"text"})]
+        again = [f"--{name}={before[name]}" for name in sorted(fixed - {"text"})]
         raise InputError(f"{path} was made with other settings. To resume it give "
                          f"{' '.join(again) or 'the same text: the checksums of the corpus differ'}.")
     if settings["contrastive"] and "negatives" in changes:
@@ -409,15 +404,15 @@ def take_weights(model, path, tokenizer, part=""):
     if checkpoint["tokenizer"] != tokenizer.state():
         raise InputError(f"{path} has another vocabulary than this corpus; prepare the corpus with its "
                          f"tokenizer: python data.py PATH --encoding={path}")
-    for name in sorted(SIZES - ({"dropout", "layers"} if part else MAY_DIFFER)):
+    for name in sorted(SIZES - {"dropout", "layers" if part else "auxiliary_layers"}):
         here = getattr(model.config, name)
         if (there := checkpoint["config"].get(name, here)) != here:
             raise InputError(f"{path} has {name}={there}, this run {name}={here}.")
-    # only a frozen auxiliary has embeddings of its own; any other uses the main model's
-    shared = () if model.config.corruption == "frozen" else "auxiliary.embeddings."
-    saved, state = ({name: tensor for name, tensor in weights.items()
-                     if name.startswith(part) and not name.startswith(shared)}
+    saved, state = ({name: tensor for name, tensor in weights.items() if name.startswith(part)}
                     for weights in (checkpoint["model"], model.state_dict()))
+    if model.config.corruption != "frozen":  # its auxiliary alone has embeddings of its own
+        saved, state = ({name: tensor for name, tensor in weights.items()
+                         if not name.startswith("auxiliary.embeddings.")} for weights in (saved, state))
     taken = {name: tensor for name, tensor in saved.items()
              if name in state and tensor.shape == state[name].shape}
     if lost := [name for name in state if name.startswith(part or "main.") and name not in taken]:
@@ -434,7 +429,7 @@ def take_weights(model, path, tokenizer, part=""):
 
 
 def learning_rate_at(step, args):
-    """Linear from 0 to the peak in warmup_steps, then linear to 0 at max_steps. `step` counts from 0."""
+    """Linear warm-up to the peak in warmup_steps, then linear decay to 0 at max_steps; step counts from 0."""
     warmup = min(args.warmup_steps, args.max_steps)
     up, down = (step + 1) / max(warmup, 1), (args.max_steps - step) / max(args.max_steps - warmup, 1)
     return args.learning_rate * min(up, down, 1.0)
@@ -477,7 +472,7 @@ def forward_backward(ddp, upcoming, step, args, device, autocast, scaler, logged
     for part in range(args.accumulation):
         batch = to_device(next(upcoming), device)
         seed_dropout(args.seed, step, RANK, part)
-        ddp.require_backward_grad_sync = part == args.accumulation - 1  # once a step, as no_sync() does
+        ddp.require_backward_grad_sync = part == args.accumulation - 1  # DDP reduces once a step
         with autocast:
             losses, outputs = ddp(batch, gather)
         scaler.scale(losses["loss"] / args.accumulation).backward()
@@ -486,16 +481,16 @@ def forward_backward(ddp, upcoming, step, args, device, autocast, scaler, logged
 
 
 def agree(loss, norm, received):
-    """(is every loss finite, the largest gradient norm, a stop signal or 0), of all processes
+    """One reduction a step: is the loss finite everywhere, the largest norm, did anyone get a stop signal?
 
-    Mostly the only wait for the device in a step.
+    The one wait for the device in a step; float16's scaler has another.
     """
     signalled = torch.full_like(norm, received[0][0] if received else 0)
     flags = torch.stack([1 - loss.isfinite().float(), norm, signalled])
     if WORLD > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-    not_finite, norm, stop = flags.tolist()
-    return not not_finite, norm, int(stop)
+    broken, norm, stop = flags.tolist()
+    return broken == 0, norm, int(stop)
 
 
 def area_under_roc(scores, positive):
@@ -536,11 +531,10 @@ def evaluate(model, sequences, args, device, autocast):
 
 def git_state():
     """The commit of this code, and whether its files were modified since; {} where git is not there."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, check=True)
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return {"commit": git("rev-parse", "HEAD").stdout.decode().strip(),
-                "modified": bool(git("status", "--porcelain", "--untracked-files=no").stdout)}
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True).stdout
+        return {"commit": found[:40].decode(), "modified": b"dirty" in found}
     return {}
 
 
@@ -560,7 +554,8 @@ def report(args, config, model, train, val, start, floors):
     counts = {name: sum(p.numel() for p in part.parameters())  # both Transformers count what they share
               for name, part in (("all", model), *model.named_children())}
     usual, settings = usual_settings(args.preset), vars(args)
-    changed = [f"{name} {settings[name]} ({usual[name]})" for name in usual if settings[name] != usual[name]]
+    changed = [f"{name} {settings[name]} ({usual[name]})" for name in usual
+               if usual[name] not in ("auto", settings[name])]
     epochs = args.max_steps * args.batch_size / len(train)
     compiled = ", compiled" if args.compile else ""
     print0(f"device      {WORLD} x {args.device} ({hardware}), {args.dtype}{compiled}")
@@ -640,16 +635,16 @@ def save(out, log, checkpoint, keep, required):
     """Writes ckpt.pt, and ckpt.STEP.pt if it is to stay. Only a required one has to be written."""
     try:
         os.fsync(log.file.fileno())
-        write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
         if keep:
             write_file(out / f"ckpt.{checkpoint['step']}.pt", checkpoint)
+        write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
     except (InputError, OSError) as error:  # a full disk, say
         if required:
             raise
         print0(f"warning: {error} The run goes on, and tries again at the next interval.")
 
 
-def show_what_was_learned(batch, outputs, tokenizer, floors, final):
+def show_what_was_learned(batch, outputs, tokenizer, floors, scores):
     """Validation text, what the auxiliary made of it, and what the main model says to that; the scores."""
     print0("\n  validation text, with [original: auxiliary's token, p(original) > main model's correction]")
     for row, tokens in enumerate(batch["tokens"][:2]):
@@ -668,9 +663,9 @@ def show_what_was_learned(batch, outputs, tokenizer, floors, final):
 
     print0(f"\n  {'on validation text':26}{'this model':>12}{'nothing learned':>17}")
     for name, floor in floors.items():
-        if name in final:
+        if name in scores:
             better = "↓" if name in ("mlm_loss", "mean_cosine") else "↑"
-            print0(f"  {better} {name:24}{final[name]:12.4f}{floor:17.4f}")
+            print0(f"  {better} {name:24}{scores[name]:12.4f}{floor:17.4f}")
     print0("  A good model gives replaced tokens a low p and proposes the original.\n"
            "  copy_auc compares only at equal mlm_loss: what a weak auxiliary puts is easy to detect.")
 
@@ -711,7 +706,7 @@ def make_model(config, tokenizer, args, device):
     return model.to(device).train()
 
 
-def wrap(model, example, autocast):
+def wrap(model, train, args, device, autocast):
     """The model in DistributedDataParallel, if there are several processes.
 
     DDP sorts its buckets after the first pass, and with them the order of sums. An unused pass comes first,
@@ -720,6 +715,7 @@ def wrap(model, example, autocast):
     if WORLD == 1:
         return model
     ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    example = to_device(train.batch(0, range(args.micro_batch_size), args.batch_size), device)
     with autocast:
         losses, _ = ddp(example, gather)
     losses["loss"].backward()
@@ -747,7 +743,7 @@ def main(argv):
     out, start, changes, skipped = Path(args.out_dir), 0, {}, 0  # skipped: steps, by float16's scaler
     if args.init_from == "resume" and not out.exists():
         raise InputError(f"{out} does not exist, so there is no checkpoint to resume from.")
-    held = lock(out) if RANK == 0 else None
+    lock_file = lock(out) if RANK == 0 else None  # locked as long as it is open
     checkpoint, resumed_from = find_checkpoint(args, settings)
     if checkpoint:
         changes = restore(checkpoint, resumed_from, model, optimizer, scaler, settings)
@@ -766,26 +762,24 @@ def main(argv):
         log = Log(out / "log.jsonl", header, start, changes)
     if args.compile:
         model.compile(dynamic=False)
-    example = train.batch(0, range(args.micro_batch_size), args.batch_size)
-    ddp = wrap(model, to_device(example, device), autocast)
+    ddp = wrap(model, train, args, device, autocast)
 
-    # the loop; `step` is the number of steps done
+    # the loop: `step` steps are done; validate and save that state, then take the next step
     received, times = catch_signals(), []  # times: of the steps since the last row of the log
     upcoming = batches(train, args.batch_size, args.micro_batch_size, RANK, WORLD, start)
     step_tokens, finite, stop = args.batch_size * args.max_len, True, 0
     for step in range(start, args.max_steps + 1):
         last = step == args.max_steps
 
-        # validate, save, leave (a resumed run has validated before it saved)
-        if last or step % args.eval_interval == 0 and (step > start or start == 0):
-            final, batch, outputs = evaluate(model, val, args, device, autocast)
+        # validate, save, leave
+        if last or step % args.eval_interval == 0 and (step > start or start == 0):  # or it is done already
+            scores, batch, outputs = evaluate(model, val, args, device, autocast)
             if RANK == 0:
-                log.write("val", step, {"tokens": step * step_tokens, **final})
-            if step > args.warmup_steps and final["mean_cosine"] > 0.99:
-                print0("warning: mean_cosine is near 1: all texts look the same to the model; see README.md")
-        due = step > start and (last or stop or step % args.checkpoint_interval == 0)
-        keep = step and args.keep_interval and step % args.keep_interval == 0
-        if RANK == 0 and (due or keep):
+                log.write("val", step, {"tokens": step * step_tokens, **scores})
+            if step > args.warmup_steps and scores["mean_cosine"] > 0.99:
+                print0("warning: mean_cosine is near 1: all texts look the same; see tests/README.md")
+        keep = args.keep_interval and step % args.keep_interval == 0
+        if RANK == 0 and step > start and (last or stop or keep or step % args.checkpoint_interval == 0):
             save(out, log, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                             "config": vars(config), "settings": settings, "skipped": skipped,
                             "scaler": scaler.state_dict(), "tokenizer": tokenizer.state()},
@@ -839,7 +833,7 @@ def main(argv):
         print0(f"stopped by {signal.Signals(stop).name} after step {step:,}; --init_from=resume continues")
         sys.exit(128 + stop)
     if RANK == 0:
-        show_what_was_learned(batch, outputs, tokenizer, floors, final)
+        show_what_was_learned(batch, outputs, tokenizer, floors, scores)
         print0(f"\nthe checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 

@@ -278,6 +278,9 @@ def slow_forward(model, batch, corrupted=None, held=None):
     # settings that would have no effect
     dict(corruption="random", token_task="mlm"), dict(copy_mechanism=False, token_task="rtd"),
     dict(lm_loss="weighted", token_task="all_token_mlm"), dict(stop_gradient=False, copy_mechanism=False),
+    dict(auxiliary_dropout=0.1, corruption="frozen"),
+    # values of another type
+    dict(layers="3"), dict(layers=2.5), dict(contrastive="no"), dict(crop="0.9"),
 ], ids=str)
 def test_config_refuses(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
@@ -666,7 +669,7 @@ def test_what_may_be_sampled(monkeypatch, lm_loss, kept):
 
 
 @pytest.mark.parametrize("corruption, rate, different_losses", [
-    ("auxiliary", 0.0, 1), ("auxiliary", 0.5, 4), ("frozen", 0.5, 1)])
+    ("auxiliary", 0.0, 1), ("auxiliary", 0.5, 4), ("frozen", 0.0, 1)])
 def test_sampling_is_free_of_dropout(corruption, rate, different_losses):
     """The main model's dropout reaches the auxiliary nowhere, the auxiliary's own only a loss that trains."""
     model, batch = example(corruption=corruption, dropout=0.5, auxiliary_dropout=rate)
@@ -688,25 +691,25 @@ def test_heads_of_a_narrow_auxiliary(width, heads, auxiliary_width, auxiliary_he
 
 @pytest.mark.parametrize("changes", [dict(), dict(gather_negatives=False), dict(contrastive=False)], ids=str)
 def test_gathered_vectors_are_negatives(changes):
-    """The SCL vectors (2, B, D) if wanted, with their gradient; for the statistics mean vectors (1, B, D)."""
+    """The SCL vectors (2, B, D) if wanted, with their gradient; for the statistics mean vectors (B, D)."""
     model, batch = example(**changes)
     others, seen = 2 * randn(2, 4, 16, seed=9), {}
 
     def gather(vectors):
-        seen[len(vectors)] = vectors
-        return torch.cat([vectors, others[:len(vectors)]], dim=1)
+        seen[vectors.ndim] = vectors
+        return torch.cat([vectors, others if vectors.ndim == 3 else others[0]], dim=-2)
 
     losses, outputs = model(batch, gather)
-    assert seen.keys() == (set() if changes else {2})
+    assert seen.keys() == (set() if changes else {3})
     statistics = coco.statistics(batch, outputs, gather)
-    assert torch.equal(seen[1][0], outputs["pooled"])
+    assert torch.equal(seen[2], outputs["pooled"])
     assert statistics["mean_cosine"].tolist()[1] == 7 * 6
     if changes:
-        assert seen.keys() == {1}
+        assert seen.keys() == {2}
         same_losses(losses, slow_forward(model, batch)[0])
     else:
-        assert seen[2].shape == (2, 3, 16) and seen[2].requires_grad and seen[2].dtype == torch.float32
-        close(losses["scl_loss"], slow_scl(*array(torch.cat([seen[2], others], dim=1)), 1.0))
+        assert seen[3].shape == (2, 3, 16) and seen[3].requires_grad and seen[3].dtype == torch.float32
+        close(losses["scl_loss"], slow_scl(*array(torch.cat([seen[3], others], dim=1)), 1.0))
         assert statistics["scl_accuracy"].tolist()[1] == 14
 
 
