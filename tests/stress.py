@@ -95,13 +95,14 @@ def differences(out, twin):
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
     def log(folder):
-        clock = ("seconds", "tokens_per_sec", "mfu")
+        clock = ("seconds", "tokens_per_sec", "tflops")
         return [{name: row[name] for name in row if name not in clock} for row in runs.rows(folder)]
 
-    ours, theirs = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (out, twin))
+    run, undisturbed = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (out, twin))
     names = ("step", "model", "optimizer", "scaler", "skipped")
-    found = [f"another {name}" for name in names if not same(ours[name], theirs[name])]
-    found += ["another log"] * (log(out) != log(twin))
+    found = [f"another {name}" for name in names if not same(run[name], undisturbed[name])]
+    if log(out) != log(twin):
+        found.append("another log")
     known = {"ckpt.pt", "ckpt.prev.pt", "log.jsonl", ".lock"}
     return found + [f"{file.name} was left behind" for file in out.iterdir() if file.name not in known]
 
