@@ -11,13 +11,10 @@ model, without code of its own: AutoModel, AutoTokenizer, pipeline and sentence-
 """
 
 import base64
-import importlib
 import json
 import math
-import os
 import re
 import sys
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -27,61 +24,31 @@ import torch.nn.functional as F
 from data import (SPECIALS, InputError, Parser, SentencePieceTokenizer, Tokenizer, read_lines, read_torch,
                   run_command)
 from model import COCOLM, PRESETS, Config, relative_position_bucket
-from train import print0, read_checkpoint, write_file
+from train import write_file
 
-RELEASED = [  # their names, as regular expressions, and ours; the Hugging Face port's come last [model]
+BERT = [  # the names of BERT, of LayoutLMv3 and of the authors' Hugging Face port, and ours
+    ("embeddings.word_embeddings", "embeddings.tokens"),
+    ("embeddings.position_embeddings", "embeddings.positions"), ("embeddings.LayerNorm", "embeddings.norm"),
+    ("encoder.layer", "layers"), ("attention.output.dense", "attention_out"),
+    ("attention.output.LayerNorm", "attention_norm"), ("intermediate.dense", "ffn_in"),
+    ("output.dense", "ffn_out"), ("output.LayerNorm", "ffn_norm"),
+]
+RELEASED = [  # the names of both releases, as regular expressions, and ours [model]
+    (r"^(model|module|cocolm)\.", ""),
     ("^encoder.sentence_encoder", "main"), ("^auxiliary.sentence_encoder", "auxiliary"),
     ("embed_tokens", "embeddings.tokens"), ("embed_positions", "embeddings.positions"),
     ("emb_layer_norm", "embeddings.norm"), ("self_attn_layer_norm", "attention_norm"),
     ("(attention.)?self_attn.in_proj", "qkv"), ("(attention.)?self_attn.out_proj", "attention_out"),
     ("fc1", "ffn_in"), ("fc2", "ffn_out"), ("final_layer_norm", "ffn_norm"),
     ("^encoder.binary_head.out_proj", "copy_head"), ("^encoder.lm_head.bias", "lm_bias"),
-    ("^encoder.seq_head.dense", "scl_head.0"), ("^encoder.seq_head.layer_norm", "scl_head.2"),
+    ("^(encoder.seq|scl)_head.dense", "scl_head.0"),
+    ("^(encoder.seq|scl)_head.(layer_norm|LayerNorm)", "scl_head.2"),
     ("^auxiliary.lm_head.dense", "auxiliary.transform.0"),
     ("^auxiliary.lm_head.layer_norm", "auxiliary.transform.2"),
     ("^auxiliary.lm_head.bias", "auxiliary.output_bias"),
-    ("^relative_attention_bias", "main.relative"), ("relative_attention_bias", "relative"),
-    ("^embeddings.word_embeddings", "main.embeddings.tokens"),
-    ("^embeddings.position_embeddings", "main.embeddings.positions"),
-    ("^embeddings.LayerNorm", "main.embeddings.norm"), ("^encoder.layer", "main.layers"),
-    ("attention.LayerNorm", "attention_norm"), ("output.LayerNorm", "ffn_norm"),
-    ("intermediate.dense", "ffn_in"), ("output.dense", "ffn_out"),
-    ("^scl_head.dense", "scl_head.0"), ("^scl_head.LayerNorm", "scl_head.2"),
+    ("relative_attention_bias", "relative"), ("attention.LayerNorm", "attention_norm"), *BERT,
+    ("^(embeddings|layers|relative)", r"main.\1"),
 ]
-
-# ------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def import_optional(module, purpose):
-    """An optional package's module. purpose: what needs it, for the message if it is missing"""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise InputError(f"{purpose} needs a package: pip install {module.split('.')[0]}") from None
-
-
-def find_file(path):
-    """The file with the weights: path, or one in that folder"""
-    names = ("model.pt", "model.safetensors", "pytorch_model.bin", "ckpt.pt")
-    for name in names:
-        if Path(path, name).is_file():
-            return Path(path, name)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder without {', '.join(names)}.")
-    return path
-
-
-def read_dict(file):
-    """The dict that a file holds. Runs no code."""
-    if file.suffix != ".safetensors":
-        return read_torch(file)
-    safetensors = import_optional("safetensors.torch", file)
-    try:
-        return safetensors.load_file(file)
-    except Exception as error:  # safetensors has its own
-        raise InputError(f"{file} cannot be read ({error}).") from None
-
 
 # ------------------------------------------------------------------------------------------------------------
 # From a release
@@ -89,12 +56,8 @@ def read_dict(file):
 
 def rename(weights):
     """By our names: encoder.sentence_encoder.layers.0.fc1.bias becomes main.layers.0.ffn_in.bias."""
-    tokens = re.compile(r"(.*?)(encoder\.sentence_encoder\.embed_tokens|embeddings\.word_embeddings)\.weight")
-    prefixes, renamed = [found[1] for found in map(tokens.fullmatch, weights) if found], {}
-    if not prefixes:
-        raise ValueError("it has no embedding of tokens that COCO-LM would have")
+    renamed = {}
     for name, tensor in weights.items():
-        name = name.removeprefix(prefixes[0])
         for pattern, our_name in RELEASED:
             name = re.sub(pattern, our_name, name)
         renamed[name] = tensor
@@ -102,10 +65,7 @@ def rename(weights):
 
 
 def make_config(weights, settings):
-    """The Config of a release. Its sizes are those of the weights, by our names.
-
-    settings: the args of the fairseq code, or config.json of the Hugging Face port
-    """
+    """The Config of a release, of its weights' sizes. settings: fairseq's args, or config.json"""
     layers, auxiliary_layers = (len({name.split(".")[2] for name in weights if name.startswith(part)})
                                 for part in ("main.layers.", "auxiliary.layers."))
     stated = settings.get("encoder_layers", settings.get("num_hidden_layers", layers))
@@ -159,67 +119,41 @@ def read_tokenizer(folder, vocab_size=None):
     return SentencePieceTokenizer(model, text, vocab_size, folder)
 
 
-def convert_release(file, saved, target):
-    """Writes a checkpoint of a release. saved: what is in its file"""
-    if target.suffix != ".pt":
-        raise InputError(f"{file} is a release, which becomes a file: {target} has to end in .pt.")
-    try:
-        if "model" in saved:  # fairseq: {"args" or "cfg": Namespace, "model": weights, ...}
-            weights, settings = saved["model"], vars(saved.get("args") or saved.get("cfg") or Namespace())
-        else:  # Hugging Face
-            weights, settings = saved, json.loads((file.parent / "config.json").read_bytes())
-        weights = rename(weights)
-        model, special = make_model(weights, make_config(weights, settings))
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{file} is no checkpoint and no release that can be used: {reason}.") from None
-    tokenizer = read_tokenizer(file.parent, model.config.vocab_size)
+def from_release(saved, folder):
+    """A checkpoint, and {what is said: names}. saved: what is in the file of a release"""
+    if "model" in saved:  # fairseq: {"args" or "cfg": Namespace, "model": weights, ...}
+        weights, settings = saved["model"], vars(saved.get("args") or saved.get("cfg") or Namespace())
+    else:  # Hugging Face
+        weights, settings = saved, json.loads((folder / "config.json").read_bytes())
+    weights = rename(weights)
+    model, notes = make_model(weights, make_config(weights, settings))
+    tokenizer = read_tokenizer(folder, model.config.vocab_size)
     vocabulary = {name: getattr(model.config, name) for name in ("vocab_size", "pad_id", "mask_id")}
     presets = [name for name in PRESETS if Config.from_preset(name, **vocabulary) == model.config]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(target, {"model": model.state_dict(), "config": vars(model.config), "step": 0,
-                        "tokenizer": tokenizer.state(), "settings": {"preset": name for name in presets}})
-    print0(f"{target} has the weights of {file}")
-    absent = [name for name in ("sp.model", "dict.txt") if not (file.parent / name).exists()]
-    for what, names in (special | {"missing, so it cannot encode texts": absent}).items():
-        if names:
-            print0(f"  {what}: {', '.join(names)}")
+    checkpoint = {"model": model.state_dict(), "config": vars(model.config), "step": 0,
+                  "tokenizer": tokenizer.state(), "settings": {"preset": name for name in presets}}
+    absent = [name for name in ("sp.model", "dict.txt") if not (folder / name).exists()]
+    return checkpoint, notes | {"missing, so it cannot encode texts": absent}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # To Hugging Face: LayoutLMv3's text part is our encoder up to its tables; without relative positions BERT is
 
-EXPORTED = [  # our names and those of LayoutLMv3 and BERT
-    ("embeddings.tokens", "embeddings.word_embeddings"),
-    ("embeddings.positions", "embeddings.position_embeddings"), ("embeddings.norm", "embeddings.LayerNorm"),
-    ("layers.", "encoder.layer."), ("attention_out", "attention.output.dense"),
-    ("attention_norm", "attention.output.LayerNorm"), ("ffn_in", "intermediate.dense"),
-    ("ffn_out", "output.dense"), ("ffn_norm", "output.LayerNorm"),
-]
-FAMILIES = {  # model_type: name of the class, names of the two linear maps of a classification head
-    "bert": ("Bert", "bert.pooler.dense", "classifier"),
-    "layoutlmv3": ("LayoutLMv3", "classifier.dense", "classifier.out_proj"),
-}
-
 
 def relative_rows(table, c):
-    """LayoutLMv3's table (heads, 4 * max_len) of COCO-LM's (bins, heads), with a bin for each distance.
-
-    Its formula is T5's. With so many bins distance d = key - query has bin -d for d <= 0 and 2 * max_len + d
-    for d > 0. LayoutLMv3 divides by the root of the head width what it adds to the attention's logits.
-    """
-    distance = torch.arange(1 - c.max_len, c.max_len)
+    """LayoutLMv3's table (heads, bins) of ours (bins, heads): T5's, with a bin for each distance."""
+    distance = torch.arange(1 - c.max_len, c.max_len)  # key - query
     bins = torch.where(distance > 0, 2 * c.max_len + distance, -distance)
     rows = torch.zeros(c.heads, 4 * c.max_len)
     rows[:, bins] = table[relative_position_bucket(distance, c.relative_bins, c.max_distance)].T
-    return rows * math.sqrt(c.width / c.heads)
+    return rows * math.sqrt(c.width / c.heads)  # by which LayoutLMv3 divides
 
 
 def export_encoder(weights, c, dropout, ids):
     """Tensors and settings of an encoder, by their names. ids: those that [PAD], [CLS] and [SEP] get"""
     tensors = {"embeddings.token_type_embeddings.weight": torch.zeros(1, c.width)}
     for name, tensor in weights.items():
-        for our_name, their_name in EXPORTED:
+        for their_name, our_name in BERT:
             name = name.replace(our_name, their_name)
         parts = ("query", "key", "value") if "qkv" in name else ("",)
         for part, rows in zip(parts, tensor.chunk(len(parts))):
@@ -228,38 +162,44 @@ def export_encoder(weights, c, dropout, ids):
         tokens = "embeddings.word_embeddings.weight"
         tensors[tokens] = tensors[tokens].roll(len(SPECIALS), 0)
     settings = {
-        "model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "type_vocab_size": 1,
-        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_len, "hidden_size": c.width,
-        "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "intermediate_size": c.ffn_width,
-        "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout,
-        "pad_token_id": ids[0], "bos_token_id": ids[1], "eos_token_id": ids[2]}
+        "model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_len, "type_vocab_size": 1,
+        "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "hidden_size": c.width,
+        "intermediate_size": c.ffn_width, "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout, "pad_token_id": ids[0], "bos_token_id": ids[1],
+        "eos_token_id": ids[2]}
     if not c.relative_positions:
         return tensors, settings
     if c.width % 8:
-        raise InputError(f"width={c.width} cannot be exported: LayoutLMv3 needs a multiple of 8.")
+        raise ValueError(f"LayoutLMv3 needs a width that is a multiple of 8, not {c.width}")
     positions, before = "embeddings.position_embeddings.weight", ids[0] + 1  # they start behind [PAD]'s id
     tensors[positions] = F.pad(tensors[positions], (0, 0, before, 0))
     tensors["encoder.rel_pos_bias.weight"] = relative_rows(tensors.pop("relative.weight"), c)
-    for axis, width in zip("xyhw", (c.width // 8, c.width // 8, c.width // 4, c.width // 4)):
-        tensors[f"embeddings.{axis}_position_embeddings.weight"] = torch.zeros(1, width)  # of a page
+    for axis, share in ("x", 8), ("y", 8), ("h", 4), ("w", 4):  # places on a page
+        tensors[f"embeddings.{axis}_position_embeddings.weight"] = torch.zeros(1, c.width // share)
     return tensors, settings | {
-        "model_type": "layoutlmv3", "text_embed": True, "visual_embed": False,
-        "max_position_embeddings": before + c.max_len, "max_2d_position_embeddings": 1,
-        "coordinate_size": c.width // 8, "shape_size": c.width // 4,
+        "model_type": "layoutlmv3", "architectures": ["LayoutLMv3Model"],
+        "text_embed": True, "visual_embed": False, "max_position_embeddings": before + c.max_len,
+        "max_2d_position_embeddings": 1, "coordinate_size": c.width // 8, "shape_size": c.width // 4,
         "has_relative_attention_bias": True, "has_spatial_attention_bias": False,
         "rel_pos_bins": 4 * c.max_len, "max_rel_pos": 2 * c.max_len}
 
 
-def export_head(weights, task, dense, out):
-    """Tensors and settings of a classification head. A regression gives the score itself."""
+def add_head(tensors, settings, weights, task):
+    """Makes a classifier of an encoder; of a regression its last layer gives the score itself."""
+    kind, labels = settings["model_type"], task["labels"] or ["score"]
+    dense, out = {"bert": ("bert.pooler.dense", "classifier"),
+                  "layoutlmv3": ("classifier.dense", "classifier.out_proj")}[kind]
     low, high = (0.0, 1.0) if task["labels"] else (task["low"], task["high"])
-    labels = task["labels"] or ["score"]
-    tensors = {f"{dense}.weight": weights["dense.weight"], f"{dense}.bias": weights["dense.bias"],
-               f"{out}.weight": weights["out.weight"] * (high - low),
-               f"{out}.bias": weights["out.bias"] * (high - low) + low}
-    return tensors, {"problem_type": "single_label_classification" if task["labels"] else "regression",
-                     "id2label": dict(enumerate(labels)),
-                     "label2id": {label: number for number, label in enumerate(labels)}}
+    return {
+        **{f"{kind}.{name}": tensor for name, tensor in tensors.items()},
+        f"{dense}.weight": weights["dense.weight"], f"{dense}.bias": weights["dense.bias"],
+        f"{out}.weight": weights["out.weight"] * (high - low),
+        f"{out}.bias": weights["out.bias"] * (high - low) + low,
+    }, settings | {
+        "architectures": [settings["architectures"][0].replace("Model", "ForSequenceClassification")],
+        "problem_type": "single_label_classification" if task["labels"] else "regression",
+        "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
 
 def merge_of(token, ranks):
@@ -273,36 +213,36 @@ def merge_of(token, ranks):
 
 def export_tokenizer(tokenizer):
     """tokenizer.json of a BPE. [PAD] [CLS] [SEP] [MASK] are 0 to 3, a token of rank r is r + 4."""
-    tokenizers = import_optional("tokenizers", "the export")
-    normalizers, pre_tokenizers = tokenizers.normalizers, tokenizers.pre_tokenizers
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are letters, as in GPT-2
-    hidden = sorted({*range(256)} - {*visible})
-    letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-    words = {token: "".join(letters[byte] for byte in token) for token in tokenizer.ranks}
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as TheirTokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # a byte's letter is itself, or one of those behind
+    letters = dict(zip(sorted(range(256), key=lambda byte: chr(byte) not in alphabet), sorted(alphabet)))
+    ranks = tokenizer.ranks
+    words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     vocabulary = {name: i for i, name in enumerate(SPECIALS)}
-    vocabulary |= {words[token]: rank + len(SPECIALS) for token, rank in tokenizer.ranks.items()}
-    merges = [tuple(words[part] for part in merge_of(token, tokenizer.ranks))
-              for token in sorted(words, key=tokenizer.ranks.get) if len(token) > 1]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
+    vocabulary |= {words[token]: rank + len(SPECIALS) for token, rank in ranks.items()}
+    merges = [tuple(words[part] for part in merge_of(token, ranks))
+              for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    bpe = TheirTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     if tokenizer.lowercase:  # U+10FFFF stands for İ, of which Lowercase makes two characters
         bpe.normalizer = normalizers.Sequence([
             normalizers.Replace("İ", "\U0010ffff"), normalizers.Lowercase(),
             normalizers.Replace("\U0010ffff", "İ")])
     pattern = re.sub(r"(\{[\d,]+\})\+", r"\1", tokenizer.pattern)  # "{1,3}+" has another meaning there
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+    bpe.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B:0 [SEP]",
         special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(list(SPECIALS))
-    return bpe.to_str(pretty=True)
+    return bpe.to_str(pretty=True).encode()
 
 
 def text_files(tokenizer, c, max_len):
     """What turns a text into ids and, for sentence-transformers, into the vector that COCOLM.embed gives."""
-    modules = enumerate({"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}.items())
+    modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     return {
         "tokenizer.json": export_tokenizer(tokenizer),
         "tokenizer_config.json": {
@@ -311,8 +251,8 @@ def text_files(tokenizer, c, max_len):
             "clean_up_tokenization_spaces": False, "split_special_tokens": True,  # "[MASK]" is plain text
             **{f"{name[1:-1].lower()}_token": name for name in SPECIALS}},
         "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{module}"}
-            for i, (module, path) in modules],
+            {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{module}"}
+            for i, (folder, module) in enumerate(modules.items())],
         "sentence_bert_config.json": {
             "transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
             "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
@@ -322,98 +262,95 @@ def text_files(tokenizer, c, max_len):
     }
 
 
-def model_card(name, saved, settings, notes):
-    """README.md, with the metadata that the hub reads. settings: config.json"""
-    kind, pipeline = ("AutoModel", "feature-extraction") if "id2label" not in settings else (
-        "AutoModelForSequenceClassification", "text-classification")
+def model_card(name, saved, has_head, has_text, left):
+    """README.md, with the metadata that the hub reads"""
     run = saved.get("settings", {})
-    facts = {"task": saved.get("task", {}).get("name"), "preset": run.get("preset"),
-             "text": run.get("dataset"), "steps": saved["step"]}
-    if "dataset" in run:
-        facts["tokens"] = saved["step"] * run["batch_size"] * run["max_len"]
+    facts = {"task": saved.get("task", {}).get("name"), "preset": run.get("preset"), "steps": saved["step"],
+             "torch": torch.__version__, "not carried": ", ".join(left)}
     facts |= {f"{metric} on dev": round(score, 4) for metric, score in saved.get("scores", {}).items()}
-    facts |= {"torch": torch.__version__, **notes}
-    lines = "".join(f"- {key}: {value}\n" for key, value in facts.items() if value not in (None, ""))
-    loads = [f'model = {kind}.from_pretrained("{name}")']
-    if "no tokenizer" not in notes:
-        loads.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
-    return f"""---
-library_name: transformers
-pipeline_tag: {pipeline}
-tags: [coco-lm, nanococo]
----
-# {name}
-
-A COCO-LM text encoder (arXiv 2102.08473), written by nanoCOCO's convert.py.
-
-```python
-from transformers import {kind}, AutoTokenizer
-""" + "\n".join(loads) + "\n```\n\n" + lines
+    if "dataset" in run:
+        facts |= {"text": run["dataset"], "tokens": saved["step"] * run["batch_size"] * run["max_len"]}
+    kind = "AutoModelForSequenceClassification" if has_head else "AutoModel"
+    lines = [
+        "---", "library_name: transformers", "tags: [coco-lm, nanococo]",
+        f"pipeline_tag: {'text-classification' if has_head else 'feature-extraction'}", "---", f"# {name}\n",
+        "A COCO-LM text encoder (arXiv 2102.08473), written by nanoCOCO's convert.py.\n",
+        "```python", "import transformers", f'model = transformers.{kind}.from_pretrained("{name}")',
+        *[f'tokenizer = transformers.AutoTokenizer.from_pretrained("{name}")'] * has_text, "```\n",
+        *(f"- {what}: {fact}" for what, fact in facts.items() if fact not in (None, "")), ""]
+    return "\n".join(lines).encode()
 
 
 def export(saved, tokenizer, name):
-    """The files of a folder `name`, {name: content}, and what has to be said."""
-    safetensors = import_optional("safetensors.torch", "the export")
-    c, task = Config(**saved["config"]), saved.get("task", {})
-    run = saved["settings"] if task else saved["config"]  # what has max_len and dropout
+    """The files of a folder `name`, {path: bytes, or what becomes JSON}, and {what is said: names}."""
+    import safetensors.torch
+    c, task, weights = Config(**saved["config"]), saved.get("task", {}), saved["model"]
+    run, part = (saved["settings"], "encoder.") if task else (saved["config"], "main.")
     has_text = not isinstance(tokenizer, SentencePieceTokenizer)  # which no stock tokenizer equals
-    part = "encoder." if task else "main."
-    encoder = {name.removeprefix(part): t for name, t in saved["model"].items() if name.startswith(part)}
-    left = dict.fromkeys(name.split(".")[0] for name in saved["model"] if not name.startswith(part))
+    encoder = {name.removeprefix(part): t for name, t in weights.items() if name.startswith(part)}
     tensors, settings = export_encoder(encoder, c, run["dropout"], (0, 1, 2) if has_text else (1, 0, 2))
-    family, dense, out = FAMILIES[settings["model_type"]]
-    settings["architectures"] = [f"{family}Model"]
+    left = [*dict.fromkeys(name.split(".")[0] for name in weights if not name.startswith(part))]
     if "labels" in task:
-        head, labels = export_head(saved["model"], task, dense, out)
-        tensors = {f"{settings['model_type']}.{name}": tensor for name, tensor in tensors.items()} | head
-        settings |= labels | {"architectures": [f"{family}ForSequenceClassification"]}
-        left = {}
-    notes = {"not carried": ", ".join(left)}
+        (tensors, settings), left = add_head(tensors, settings, weights, task), []
     if not has_text:
-        notes["no tokenizer"] = "nanoCOCO's, in the checkpoint, has to give the ids"
+        left.append("the tokenizer (nanoCOCO's, in the checkpoint, has to give the ids)")
     if c.relative_positions:
-        notes["fixed in further training"] = "the table of relative positions"
-    files = {"config.json": settings, "README.md": model_card(name, saved, settings, notes),
-             "model.safetensors": safetensors.save(tensors, {"format": "pt"})}
-    return files | (text_files(tokenizer, c, run["max_len"]) if has_text else {}), notes
+        left.append("training of the relative positions, which stay as they are")
+    files = text_files(tokenizer, c, run["max_len"]) if has_text else {}
+    files |= {"README.md": model_card(name, saved, "labels" in task, has_text, left),
+              "model.safetensors": safetensors.torch.save(tensors, {"format": "pt"}),
+              "config.json": settings}  # last: nothing loads a folder without it
+    return files, {"not carried": left}
 
 
-def export_checkpoint(file, target):
-    """Writes the folder of a checkpoint, completely or not at all."""
-    saved = read_checkpoint(file)
-    tokenizer = Tokenizer.from_state(saved["tokenizer"], file)
-    try:
-        files, notes = export(saved, tokenizer, target.name)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{file} does not fit model.py: {error!r:.300}.") from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        for name, content in files.items():
-            path = Path(scratch, "new", name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, (dict, list)):
-                content = json.dumps(content, indent=1) + "\n"
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.rename(Path(scratch, "new"), target)
-    print0(f"{target} has the weights of {file}, step {saved['step']:,}")
-    for what, names in notes.items():
-        if names:
-            print0(f"  {what}: {names}")
+def read(path):
+    """The file with the weights, which is path or in that folder, and the dict in it. Runs no code."""
+    names = ("model.pt", "model.safetensors", "pytorch_model.bin", "ckpt.pt")
+    file = next((path / name for name in names if (path / name).is_file()), path)
+    if file.is_dir():
+        raise InputError(f"{path} is a folder without {', '.join(names)}.")
+    if file.suffix != ".safetensors":
+        return file, read_torch(file)
+    import safetensors.torch
+    return file, safetensors.torch.load_file(file)
+
+
+def write_folder(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        content = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
+        (folder / name).write_bytes(content)
 
 
 def main(argv):
     parser = Parser(__doc__)
-    parser.add_argument("source", help="a release, or a checkpoint")
-    parser.add_argument("target", help="the file or folder to write; it must not exist")
-    args = parser.parse_args(argv)
-    file, target = find_file(Path(args.source)), Path(args.target)
+    parser.add_argument("source", type=Path, help="a release, or a checkpoint")
+    parser.add_argument("target", type=Path, help="the file or folder to write; it must not exist")
+    source, target = vars(parser.parse_args(argv)).values()
     if target.exists():
         raise InputError(f"{target} exists: choose another name, or remove it.")
-    saved = read_dict(file)
-    if "step" in saved:
-        export_checkpoint(file, target)
-    else:
-        convert_release(file, saved, target)
+    try:
+        file, saved = read(source)
+        if "step" in saved:
+            tokenizer, write = Tokenizer.from_state(saved["tokenizer"], file), write_folder
+            content, notes = export(saved, tokenizer, target.name)
+        elif target.suffix == ".pt":
+            (content, notes), write = from_release(saved, file.parent), write_file
+        else:
+            raise InputError(f"{file} is a release, which becomes a file: {target} has to end in .pt.")
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"this needs a package: pip install {error.name.split('.')[0]}") from None
+    except Exception as error:  # what is damaged, or of another kind, has many names
+        reason = f"{error!r:.300}"
+        raise InputError(f"{source} is no checkpoint and no release that can be used ({reason}).") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write(target, content)
+    print(f"{target} has the weights of {source}")
+    for what, names in notes.items():
+        if names:
+            print(f"  {what}: {', '.join(names)}")
 
 
 if __name__ == "__main__":
