@@ -13,8 +13,10 @@ model, without code of its own: AutoModel, AutoTokenizer, pipeline and sentence-
 import base64
 import json
 import math
+import os
 import re
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -34,7 +36,7 @@ BERT = [  # the names of BERT, of LayoutLMv3 and of the authors' Hugging Face po
     ("output.dense", "ffn_out"), ("output.LayerNorm", "ffn_norm"),
 ]
 RELEASED = [  # the names of both releases, as regular expressions, and ours [model]
-    (r"^(model|module|cocolm)\.", ""),
+    (r"^\w+\.(?=(encoder|auxiliary|embeddings|scl_head|relative_attention_bias)\b)", ""),  # "model.", "cocolm."
     ("^encoder.sentence_encoder", "main"), ("^auxiliary.sentence_encoder", "auxiliary"),
     ("embed_tokens", "embeddings.tokens"), ("embed_positions", "embeddings.positions"),
     ("emb_layer_norm", "embeddings.norm"), ("self_attn_layer_norm", "attention_norm"),
@@ -271,12 +273,14 @@ def model_card(name, saved, has_head, has_text, left):
     if "dataset" in run:
         facts |= {"text": run["dataset"], "tokens": saved["step"] * run["batch_size"] * run["max_len"]}
     kind = "AutoModelForSequenceClassification" if has_head else "AutoModel"
+    code = ["import transformers", f'model = transformers.{kind}.from_pretrained("{name}")']
+    if has_text:
+        code.append(f'tokenizer = transformers.AutoTokenizer.from_pretrained("{name}")')
     lines = [
         "---", "library_name: transformers", "tags: [coco-lm, nanococo]",
         f"pipeline_tag: {'text-classification' if has_head else 'feature-extraction'}", "---", f"# {name}\n",
         "A COCO-LM text encoder (arXiv 2102.08473), written by nanoCOCO's convert.py.\n",
-        "```python", "import transformers", f'model = transformers.{kind}.from_pretrained("{name}")',
-        *[f'tokenizer = transformers.AutoTokenizer.from_pretrained("{name}")'] * has_text, "```\n",
+        "```python", *code, "```\n",
         *(f"- {what}: {fact}" for what, fact in facts.items() if fact not in (None, "")), ""]
     return "\n".join(lines).encode()
 
@@ -299,7 +303,7 @@ def export(saved, tokenizer, name):
     files = text_files(tokenizer, c, run["max_len"]) if has_text else {}
     files |= {"README.md": model_card(name, saved, "labels" in task, has_text, left),
               "model.safetensors": safetensors.torch.save(tensors, {"format": "pt"}),
-              "config.json": settings}  # last: nothing loads a folder without it
+              "config.json": settings}
     return files, {"not carried": left}
 
 
@@ -316,10 +320,13 @@ def read(path):
 
 
 def write_folder(folder, files):
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        content = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
-        (folder / name).write_bytes(content)
+    """Writes a folder, completely or not at all."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        for name, content in files.items():
+            file = Path(scratch, "new", name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
+        os.rename(Path(scratch, "new"), folder)
 
 
 def main(argv):
