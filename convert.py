@@ -36,7 +36,7 @@ BERT = [  # the names of BERT, of LayoutLMv3 and of the authors' Hugging Face po
     ("output.dense", "ffn_out"), ("output.LayerNorm", "ffn_norm"),
 ]
 RELEASED = [  # the names of both releases, as regular expressions, and ours [model]
-    (r"^\w+\.(?=(encoder|auxiliary|embeddings|scl_head|relative_attention_bias)\b)", ""),  # "model.", "cocolm."
+    (r"^\w+\.(?=(encoder|auxiliary|embeddings|scl_head|relative_attention_bias)\b)", ""),  # "model."
     ("^encoder.sentence_encoder", "main"), ("^auxiliary.sentence_encoder", "auxiliary"),
     ("embed_tokens", "embeddings.tokens"), ("embed_positions", "embeddings.positions"),
     ("emb_layer_norm", "embeddings.norm"), ("self_attn_layer_norm", "attention_norm"),
@@ -325,7 +325,8 @@ def write_folder(folder, files):
         for name, content in files.items():
             file = Path(scratch, "new", name)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
+            as_bytes = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
+            file.write_bytes(as_bytes)
         os.rename(Path(scratch, "new"), folder)
 
 

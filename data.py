@@ -20,6 +20,7 @@ import hashlib
 import heapq
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -46,7 +47,8 @@ import tiktoken
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 FILES = {"train.bin", "val.bin", "tokenizer_state.json", "meta.json"}
 PIECE = 16_000        # characters: shorter documents stay whole, longer ones are cut
-CHUNK = 500_000       # bytes of text that a process prepares at once
+LINE = 10**9          # characters of a line, at most
+CHUNK = 200           # pieces that a process prepares at once
 SAMPLE = 100_000_000  # bytes of text on which the BPE is trained, about, if there are as many
 ENCODE = 100_000      # characters that tiktoken gets at once: a million spaces in a row are too many for it
 # Words for the BPE: contractions, letters with their marks, up to three digits, other signs, white space.
@@ -73,30 +75,27 @@ class InputError(Exception):
 def read_option(name, kind, may_be_empty, text):
     """The value of the option `name`, whose type is str, int, float, bool or Literal["bpe", "gpt2"]."""
     if kind is str:
+        wanted = "a text"
         if text or may_be_empty:
             return os.path.expanduser(text)  # ~ is the home folder
-        wanted = "a text"
     elif kind in (int, float):
         low, high = LIMITS.get(name, (0, math.inf))
-        wanted = f"a {'whole ' if kind is int else ''}number "
-        wanted += f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        wanted = f"{kind.__name__} from {low} to {high}"
         with contextlib.suppress(ValueError):
             if "_" not in text and low <= kind(text) <= high and math.isfinite(kind(text)):
                 return kind(text)
     else:
-        choices = [True, False] if kind is bool else get_args(kind)
-        wanted = f"one of {', '.join(map(str, choices))}"
-        for choice in choices:
-            if str(choice).lower() == text.lower():
-                return choice
+        choices = {str(choice).lower(): choice for choice in get_args(kind) or (True, False)}
+        wanted = f"one of {', '.join(map(str, choices.values()))}"
+        if text.lower() in choices:
+            return choices[text.lower()]
     raise argparse.ArgumentTypeError(f"has to be {wanted}, not {text!r}")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with an option --name for each annotated constant: `name: type = value  # reason`."""
+    """An option --name for each constant `name: type = value  # reason` of modules, classes and functions."""
 
     def __init__(self, usage, *owners, without=()):
-        """usage: a docstring; owners: the modules, classes and functions that hold the constants"""
         super().__init__(usage=usage.replace("%", "%%"), allow_abbrev=False)
         for owner in owners:
             reasons = dict(re.findall(r"^ *(\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
@@ -105,7 +104,7 @@ class Parser(argparse.ArgumentParser):
                 if name not in without:  # argparse reads a default that is text as it reads the command line
                     default = None if values.get(name) is None else str(values[name])
                     reason = reasons.get(name, "").replace("%", "%%")
-                    reason += " (default: %(default)s)" if default or name not in values else ""
+                    reason += " (default: %(default)s)" if default else ""
                     read = functools.partial(read_option, name, kind, default == "")
                     self.add_argument(f"--{name}", type=read, default=default, metavar="VALUE", help=reason)
 
@@ -115,28 +114,24 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main):
     """Runs a command's main. An error that its user can mend is one sentence, without a traceback."""
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
-    for name in ("SIGTERM", "SIGHUP"):  # so that it cleans up on its way out; nohup ignores SIGHUP
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up on its way out
     try:
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, OSError) as error:  # OSError: no permission, disk full, ...
-        message = error
-    if int(os.environ.get("RANK", 0)) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)  # process 0 says what all would say, and torchrun ends the others meanwhile
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or isinstance(message, BrokenPipeError):
-        os._exit(2)  # an orderly exit would wait for processes that have ended, or flush a broken pipe
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # process 0 says what all would say, and torchrun ends the others meanwhile
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(2)  # an orderly exit would wait for processes that have ended
     sys.exit(2)
 
 
 class Progress:
-    """Prints how far the work is, its speed and the time left, every 10 s."""
+    """Prints how far the work is and the time left, every 10 s."""
 
     def __init__(self, what, total, unit="MB", scale=1e6):
         self.what, self.total, self.unit, self.scale = what, total, unit, scale
@@ -145,9 +140,8 @@ class Progress:
     def __call__(self, done):
         now = time.monotonic()
         if now - self.last >= 10:
-            self.last, speed = now, done / (now - self.start)
-            tell(f"{self.what}: {done / self.scale:,.0f} {self.unit}, {speed / self.scale:,.1f} {self.unit}/s"
-                 f", {max(self.total - done, 0) / speed:.0f} s left")
+            self.last, left = now, max(self.total - done, 0) / done * (now - self.start)
+            tell(f"{self.what}: {done / self.scale:,.0f} {self.unit}, {left:.0f} s left")
 
 
 def start_worker():
@@ -167,13 +161,13 @@ def in_parallel(function, items, workers):
     try:
         for _ in range(workers):
             pool.submit(int)  # starts a worker
-        sys.modules["__main__"] = script
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         yield from (future.result() for future in pending)
     finally:
+        sys.modules["__main__"] = script
         pool.shutdown(cancel_futures=True)
 
 
@@ -186,12 +180,11 @@ NO_PROSE = re.compile(r"(Args|Returns?|Raises|Yields)\b|\w[\w, *]* ?(\([^)]*\))?
 
 
 def docs_files():
-    """Python's own, numpy's and torch's source files: the default text is their documentation."""
-    skip, files = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3"}, []
-    for name in ("ast", "numpy", "torch"):  # ast is a file of Python's own library
-        root = Path(importlib.util.find_spec(name).origin).parent
-        files += [str(f) for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
-    return files
+    """The source files of Python's library, where ast.py is, of numpy and of torch."""
+    skip = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3"}
+    roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("ast", "numpy", "torch")]
+    return [str(file) for root in roots for file in sorted(root.rglob("*.py"))
+            if not skip & set(file.relative_to(root).parts)]
 
 
 def docs_paragraphs(path):
@@ -200,15 +193,15 @@ def docs_paragraphs(path):
         tree = ast.parse(Path(path).read_bytes())
     except (SyntaxError, ValueError):  # a template, say
         return []
-    strings = (node.value.value for node in ast.walk(tree)
-               if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-    texts = (inspect.cleandoc(string) for string in strings if isinstance(string, str))
+    texts = (str(node.value.value) for node in ast.walk(tree)
+             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
     paragraphs = (part for text in texts for part in re.split(r"\n\s*\n", text))
     lines = (MARKUP.sub(r"\1\2", " ".join(paragraph.split())) for paragraph in paragraphs)
     return [line + "\n" for line in lines if is_prose(line)]
 
 
 def is_prose(line):
+    """Words, nearly all of them plain, that end as a sentence."""
     words = line.split()
     plain = sum(word.strip(".,;:!?()\"'").isalpha() for word in words)
     ends = re.search(r"[.!?]\W*$", line)
@@ -229,31 +222,30 @@ def read_docs(workers):
 
 
 def find_files(paths):
-    """The text files that the paths name. Folders are searched."""
-    endings, files = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), []
+    """{file: (size, time)} of the text files that the paths name. Folders are searched."""
+    endings, files = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), {}
     for path in paths:
         root = Path(os.path.expanduser(path))
         found = sorted(root.rglob("*")) if root.is_dir() else [root]
         found = [file for file in found if file.is_file() and file.name.lower().endswith(endings)]
         if not found:
             raise InputError(f"{path} is, or holds, no file whose name ends in {', '.join(endings)}.")
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def split_lines(text):
-    r"""The lines of a text in UTF-8. They end at \n, \r\n or \r; str.splitlines knows eight more ends."""
-    return [line + b"\n" for line in text.splitlines()]
+        files |= {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in found}
+    return files
 
 
 def read_lines(path):
-    """(number, line) of a text file, of a .gz as well. What is not UTF-8 is refused."""
+    r"""(number, line) of a text file, of a .gz as well. A line ends with \n, in the file \r\n and \r too."""
+    open_text = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
-            for number, line in enumerate(itertools.chain.from_iterable(map(split_lines, file)), 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8; convert it.") from None
+        with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(iter(functools.partial(file.readline, LINE), ""), 1):
+                if len(line) == LINE:
+                    raise InputError(f"{path}, line {number} has more than {LINE:,} characters.")
+                line.encode()  # an error where a byte was escaped
+                yield number, line
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}, line {number}: character {error.start + 1} is not UTF-8.") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({error}).") from None
 
@@ -269,22 +261,10 @@ def read_documents(files, field, document_per_file):
                 try:
                     text = whole(json.loads(line)[field])
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    reason = f'no JSON with a text in "{field}" ({error!r})'
-                    raise InputError(f"{path}, line {number}: {reason}.") from None
-                yield from (line.decode() for line in split_lines(text.strip().encode()))
+                    raise InputError(f'{path}, line {number} has no text "{field}" ({error!r}).') from None
+                yield from io.StringIO(text.strip() + "\n", newline=None)  # the same line ends
                 yield None
         yield None
-
-
-def cut(line):
-    """The line in parts of at most PIECE characters, cut before a space where there is one."""
-    start = 0
-    while len(line) - start > PIECE:
-        space = line.rfind(" ", start + 1, start + PIECE + 1)
-        end = space if space > 0 else start + PIECE
-        yield line[start:end]
-        start = end
-    yield line[start:]
 
 
 def pieces(lines):
@@ -296,34 +276,27 @@ def pieces(lines):
     A piece takes as many lines as fit; a line that is longer than a piece is cut before a space. Joined, the
     pieces of a document are the document, without the white space around it.
     """
-    for is_end, document in itertools.groupby(lines, lambda line: line is None):
-        if is_end:
-            continue
-        starts, text = True, ""
-        for part in itertools.chain.from_iterable(map(cut, document)):
+    part_of_line = re.compile(rf"(?s).{{1,{PIECE}}}(?= |\Z)|.{{1,{PIECE}}}")
+    starts, text = True, ""
+    for line in lines:
+        for part in part_of_line.findall(line or ""):
             if len(text) + len(part) > PIECE:  # the piece is full
-                text = text.lstrip() if starts else text
-                if text:
-                    yield starts, text
-                    starts = False
-                text = ""
-            text += part
-        text = text.strip() if starts else text.rstrip()
-        if text:
-            yield starts, text
+                yield starts, text
+                starts, text = False, ""
+            text = (text + part).lstrip() if starts else text + part
+        if line is None:
+            if text.rstrip():
+                yield starts, text.rstrip()
+            starts, text = True, ""
 
 
 def chunks(lines, lowercase, what, total):
-    """Lists of pieces, of about CHUNK bytes: the work that a process gets at once. Shows progress."""
-    chunk, size, done, progress = [], 0, 0, Progress(what, total)
-    for new, text in pieces(lines):
-        chunk.append((new, lower(text) if lowercase else text))
-        size += len(text.encode())
-        if size > CHUNK:
-            yield chunk
-            chunk, size, done = [], 0, done + size
-            progress(done)
-    yield chunk
+    """Lists of (starts a document?, text): the work that a process gets at once. Shows progress."""
+    found, done, progress = pieces(lines), 0, Progress(what, total)
+    while chunk := list(itertools.islice(found, CHUNK)):
+        yield [(starts, lower(text) if lowercase else text) for starts, text in chunk]
+        done += sum(len(text.encode()) for _, text in chunk)
+        progress(done)
 
 
 def fingerprint(text):
@@ -346,12 +319,10 @@ def lower(text):
 
 
 def count_words(chunk, share=1.0):
-    """How often each word of PATTERN occurs in a share of the pieces; those are the last to be in val.bin.
-
-    Text without spaces makes long words: they are counted in parts of 100 characters.
-    """
+    """How often each word of PATTERN occurs in a share of the pieces; those are the last to be in val.bin."""
     chosen = (text for _, text in chunk if fingerprint(text) >= (1 - share) * 2**64)
     words = (word for text in chosen for word in regex.findall(PATTERN, text))
+    # Text without spaces makes long words: they are counted in parts
     return Counter(word[start : start + 100] for word in words for start in range(0, len(word), 100))
 
 
@@ -557,11 +528,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model, dictionary, vocab_size=None, path="this"):
         """model: sp.model in base64; dictionary: the text of dict.txt; vocab_size: of the released model"""
-        rows = [line.rsplit(" ", 1) for line in (dictionary or "").split("\n") if line.strip()]
-        if any(len(row) < 2 or not row[1].isdecimal() for row in rows):
-            raise InputError(f"{path}: dict.txt has to have a symbol and a count in each line.")
+        symbols = [line.rsplit(" ", 1)[0] for line in (dictionary or "").split("\n") if line.strip()]
         self.model, self.dictionary, self.path, ids = model, dictionary, path, {}
-        for symbol in ("[CLS]", "[PAD]", "[SEP]", "[UNK]", *(symbol for symbol, _ in rows), "[MASK]"):
+        for symbol in ("[CLS]", "[PAD]", "[SEP]", "[UNK]", *symbols, "[MASK]"):
             ids.setdefault(NAMES.get(symbol, symbol), len(ids))
         self.vocab_size = vocab_size or len(ids)
         if dictionary is None:
@@ -579,10 +548,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def processor(self):
-        for file, content in (("sp.model", self.model), ("dict.txt", self.dictionary)):
-            if not content:
-                raise InputError(f"{self.path}: its tokenizer has no {file}; put it beside the released model"
-                                 f" and convert that again with python convert.py.")
+        if not self.model or not self.dictionary:
+            raise InputError(f"{self.path}: its tokenizer lacks sp.model or dict.txt; put both beside the "
+                             "weights of the release, and convert it again with python convert.py.")
         try:
             import sentencepiece
             processor = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model))
@@ -617,7 +585,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def read_torch(path):
-    """What torch.save wrote. Runs no code: beside torch's own classes it makes argparse.Namespace."""
+    """A dict from torch.save. Runs no code: beside torch's own classes it makes argparse.Namespace."""
     import torch  # here, since the workers that prepare a corpus do not need it
     try:
         if zipfile.is_zipfile(path):  # older files have no checksums; torch.load does not verify them
@@ -625,16 +593,12 @@ def read_torch(path):
                 if archive.testzip() or any(record.external_attr for record in archive.infolist()):
                     raise zipfile.BadZipFile("a checksum differs")  # of a "folder" torch reads unset memory
         with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
     except Exception as error:  # damage has many names: zipfile's, pickle's, torch's
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))  # a class or function that it would call
-        reason = f"it needs {unsafe[1]}" if unsafe else type(error).__name__
-        raise InputError(f"{path} is damaged, or no checkpoint that can be read safely ({reason}).") from None
-    if not isinstance(saved, dict):
-        raise InputError(f"{path} is no checkpoint: it holds no dict, but a {type(saved).__name__}.")
-    return saved
+        raise InputError(f"{path} is damaged, or no checkpoint that can be read safely "
+                         f"({type(error).__name__}).") from None
 
 
 def checksum(path):
@@ -644,22 +608,16 @@ def checksum(path):
 
 def read_meta(folder):
     """meta.json of a prepared corpus."""
-    path = Path(folder, "meta.json")
-    if not path.exists():
-        raise InputError(f"{folder} is not a corpus, as it has no meta.json; make one with python data.py.")
     try:
-        meta = json.loads(path.read_bytes())
-        older = "tokenizer_state" not in meta["sha256"]
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{path} is damaged, or another program's.") from None
-    if older:
-        raise InputError(f"{folder} was made by an older version; remove it and prepare it again.")
-    return meta
+        meta = json.loads(Path(folder, "meta.json").read_bytes())
+        meta["sha256"]["tokenizer_state"]  # corpora of older versions have none
+        return meta
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder} is no corpus of this version (meta.json: {error!r}). If it was one, "
+                         "remove it and prepare it again with python data.py.") from None
 
 
-@functools.lru_cache(maxsize=1)
-def cached_tokenizer(**state):
-    return Tokenizer.from_state(state)
+cached_tokenizer = functools.lru_cache(maxsize=1)(lambda **state: Tokenizer.from_state(state))
 
 
 def encode_chunk(chunk, state, val_fraction):
@@ -680,12 +638,13 @@ def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
         return Tokenizer(train_bpe(words, vocab_size - len(SPECIALS)), PATTERN, lowercase)
     if os.path.exists(encoding):
         tokenizer = Tokenizer.load(encoding)
-    elif encoding in tiktoken.list_encoding_names():
-        base = tiktoken.get_encoding(encoding)
-        tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase is not False)
     else:
-        raise InputError(f"--encoding={encoding} is neither bpe, nor a path, nor one of tiktoken's: "
-                         f"{', '.join(tiktoken.list_encoding_names())}.")
+        try:
+            base = tiktoken.get_encoding(encoding)
+        except (ValueError, OSError) as error:  # OSError: no network
+            raise InputError(f"--encoding={encoding} is neither bpe nor a path, and tiktoken gives none: "
+                             f"{type(error).__name__}. It has {tiktoken.list_encoding_names()}.") from None
+        tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase is not False)
     if vocab_size not in (None, tokenizer.vocab_size) or lowercase not in (None, tokenizer.lowercase):
         raise InputError(f"--encoding={encoding} has vocab_size={tokenizer.vocab_size} and "
                          f"lowercase={tokenizer.lowercase}, which cannot be changed.")
@@ -716,6 +675,20 @@ def clean_up(scratch, folder):
     shutil.rmtree(scratch)
 
 
+def new_folder(data_dir, name, overwrite):
+    """data_dir/name, where a corpus may be written. What killed preparations left there is removed."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise InputError(f"give --name= of letters, digits, _ . + - for the corpus, not {name!r}.")
+    folder = Path(data_dir, name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for killed in folder.parent.glob(f".{name}~*"):
+        clean_up(killed, folder)
+    is_corpus = not folder.is_symlink() and {file.name for file in folder.glob("*")} == FILES
+    if os.path.lexists(folder) and not (is_corpus and overwrite):
+        raise InputError(f"{folder} exists; choose another --name. --overwrite=True replaces only a corpus.")
+    return folder
+
+
 def prepare(
     paths=(), *,
     name: str = "",                  # the corpus is data_dir/name; without PATH: docs
@@ -736,54 +709,40 @@ def prepare(
     pieces are spread over both splits. The BPE is trained on both, above SAMPLE bytes on val.bin last.
     """
     start = time.monotonic()
-    if paths and not name:
-        raise InputError("the corpus needs a name: give --name=.")
-    name = name or "docs"
     if encoding == "bpe" and vocab_size is None:
         vocab_size = 32768 if paths else 8192
     if val_fraction is None:
         val_fraction = 0.01 if paths else 0.05
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise InputError(f"--name={name!r} has to be a plain name for the corpus: letters, digits, _ . + -")
-    folder = Path(data_dir, name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for killed in folder.parent.glob(f".{name}~*"):
-        clean_up(killed, folder)
-    if os.path.lexists(folder):
-        read_meta(folder)
-        if folder.is_symlink() or set(os.listdir(folder)) != FILES:
-            raise InputError(f"{folder} is a link or holds more than a corpus; choose another --name.")
-        if not overwrite:
-            raise InputError(f"{folder} exists; choose another --name, or say --overwrite=True.")
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}~", dir=folder.parent))
+    folder = new_folder(data_dir, name or ("" if paths else "docs"), overwrite)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}~", dir=folder.parent))
     try:
         new, docs = scratch / "new", scratch / "docs.txt"
         new.mkdir()
         if not paths:
             docs.write_text("".join(read_docs(workers)), encoding="utf-8", errors="replace")
         files = find_files(paths or [docs])
-        sources = [str(file) for file in files] if paths else ["documentation of Python, numpy and torch"]
-        total = sum(f.stat().st_size * (3 if f.suffix.lower() == ".gz" else 1) for f in files)  # 3: a guess
+        total = sum(size * (3 if file.suffix.lower() == ".gz" else 1) for file, (size, _) in files.items())
         lines = functools.partial(read_documents, files, field, document_per_file)
         if not next(pieces(lines()), None):
-            raise InputError(f"there is no text in {', '.join(sources[:5])}.")
+            raise InputError(f"there is no text in {', '.join(map(str, paths))}.")
         tokenizer = make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers)
         (new / "tokenizer_state.json").write_text(json.dumps(tokenizer.state()))
         text = chunks(lines(), tokenizer.lowercase, "tokenising", total)
         meta = {"vocab_size": tokenizer.vocab_size, "special_ids": tokenizer.special_ids,
                 **write_tokens(new, text, tokenizer, val_fraction, workers),
-                "encoding": encoding, "sources": sources, "val_fraction": val_fraction,
+                "encoding": encoding, "sources": list(map(str, paths)), "val_fraction": val_fraction,
                 "sha256": {file.stem: checksum(file) for file in sorted(new.iterdir())}}
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        if changed := files.items() ^ find_files(paths or [docs]).items():
+            raise InputError(f"{min(changed)[0]} changed while it was read.")
         if folder.exists():
             os.rename(folder, scratch / "old")
         os.rename(new, folder)
     finally:
         clean_up(scratch, folder)
 
-    tokens, size = meta["tokens"], meta["bytes"]
-    tell(f"prepared {folder}: {meta['documents']:,} documents, {size / 1e6:.1f} MB of {len(files)} files, "
-         f"{time.monotonic() - start:.1f} s\n"
+    tokens, size, seconds = meta["tokens"], meta["bytes"], time.monotonic() - start
+    tell(f"prepared {folder}: {meta['documents']:,} documents, {size / 1e6:.1f} MB, {seconds:.1f} s\n"
          f"  {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin, "
          f"{size / sum(tokens.values()):.2f} bytes per token, vocabulary of {tokenizer.vocab_size:,}")
     return folder

@@ -18,8 +18,7 @@ To change something, edit a constant or pass --name=value. A run writes to out_d
     best.pt        the state with the best score on dev, of the best seed
     predictions/   of that state: CoLA.tsv, the test set, as the leaderboard takes it; CoLA.dev.tsv, the dev
                    set, with probabilities and labels
-    seedN/         the same of one seed; last.pt, the state after the last step; and result.json, which is
-                   written last: a seed that has it is finished, and is not run again
+    seedN/         the same of one seed, and result.json: a seed that has it is not run again
 
 The last line of the output is one line of JSON. load_finetuned makes a model of best.pt again.
 """
@@ -38,15 +37,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 from data import InputError, Parser, Progress, Tokenizer, checksum, read_lines, run_command
 from model import COCOLM, PRESETS, Config
-from train import (LOCAL_RANK, RANK, WORLD, checkpoint_path, choose_hardware, connect, gather_objects,
-                   keep_memory, learning_rate_at, load_checkpoint, lock, make_optimizer, print0,
-                   read_checkpoint, seed_dropout, sum_over_processes, to_device, write_file)
+from train import (LOCAL_RANK, RANK, WORLD, checkpoint_path, choose_hardware, connect, disconnect,
+                   gather_objects, keep_memory, learning_rate_at, load_checkpoint, lock, make_optimizer,
+                   print0, read_checkpoint, require_same, seed_dropout, sum_over_processes, to_device,
+                   write_file)
 
 # ------------------------------------------------------------------------------------------------------------
 # The tasks: one row says everything about a task.
@@ -65,8 +64,7 @@ TASKS = {
     "MRPC": dict(texts=["#1 String", "#2 String"], label="Quality", labels=BINARY, metrics=["accuracy", "f1"],
                  selects=["accuracy"], base=(16, 4e-5, 10, 1 / 16), large=(16, 2e-5, 5, 1 / 16)),
     "STS-B": dict(texts=["sentence1", "sentence2"], label="score", labels=[], low=0.0, high=5.0,
-                  metrics=["pearson", "spearman"],
-                  base=(16, 4e-5, 10, 1 / 16), large=(16, 2e-5, 10, 1 / 16)),
+                  metrics=["pearson", "spearman"], base=(16, 4e-5, 10, 1 / 16), large=(16, 2e-5, 10, 1 / 16)),
     "QQP": dict(texts=["question1", "question2"], label="is_duplicate", labels=BINARY,
                 metrics=["accuracy", "f1"], selects=["accuracy"], skips_broken_rows=True,
                 base=(32, 3e-5, 5, 1 / 16), large=(32, 1e-5, 5, 1 / 16)),
@@ -100,8 +98,7 @@ data_dir: str = "data/glue"       # tasks are in data_dir/TASK/, but SQuAD's fil
 regression: bool = False          # own data: labels are numbers
 predict: str = ""                 # a .tsv or .jsonl for which a fine-tuned init_from gives the labels
 init_from: str = "out/ckpt.pt"    # a checkpoint; scratch: an untrained model, to compare with
-tokenizer_from: str = "data/docs"  # of scratch: a checkpoint or a prepared corpus
-preset: Literal[tuple(PRESETS)]   # of scratch: its sizes; default: those of that checkpoint, or tiny
+tokenizer_from: str = "out/ckpt.pt"  # of scratch: a checkpoint with its tokenizer and its sizes
 out_dir: str = "out/finetune"     # results are in out_dir/TASK/
 seeds: int = 1                    # runs, with the seeds seed, seed + 1, ...
 seed: int = 0                     # the first one: of the head, the order of the examples and dropout
@@ -250,8 +247,7 @@ def read_fields(path):
 def number_of(text):
     """The number that a text spells, else None. "1_000" and what sums could overflow are no numbers."""
     with contextlib.suppress(ValueError):
-        if "_" not in text and abs(float(text)) <= 1e300:
-            return float(text)
+        return float(text) if "_" not in text and abs(float(text)) <= 1e300 else None
 
 
 def wanted_label(task, classes, label):
@@ -260,12 +256,9 @@ def wanted_label(task, classes, label):
         return None if label else "a text"
     if classes:
         return None if label in classes else f"one of {', '.join(task['labels']):.200}"
-    number, low, high = number_of(label), -1e300, 1e300
-    if "own" not in task:  # own scores on dev may leave the range of train
-        low, high = task["low"], task["high"]
-    if number is not None and low <= number <= high:
-        return None
-    return f"a number from {low:g} to {high:g}"
+    number = number_of(label)  # own scores on dev may leave the range of train
+    low, high = (-1e300, 1e300) if "own" in task else (task["low"], task["high"])
+    return None if number is not None and low <= number <= high else f"a number from {low:g} to {high:g}"
 
 
 def read_glue(path, task, split):
@@ -309,13 +302,6 @@ def read_glue(path, task, split):
     return rows
 
 
-def say_quotes(path, texts):
-    """Says once that a file looks as if pandas had quoted its texts: "a ""film"" like this"."""
-    if path.suffix.lower() == ".tsv" and any(re.fullmatch('".*"".*"', text) for row in texts for text in row):
-        print0(f'{path}: quotation marks are read as text. If pandas wrote them, write a .jsonl instead: '
-               f'df.to_json("train.jsonl", orient="records", lines=True)')
-
-
 class GlueSet:
     """A file of a GLUE task or of own data.
 
@@ -329,13 +315,16 @@ class GlueSet:
         self.task, self.labels, self.name, self.split = task, task["labels"], set_name, split
         self.low, self.high = task.get("low"), task.get("high")  # of scores
         self.index, texts, labels = zip(*read_glue(path, task, split))
-        if "own" in task:
-            say_quotes(path, texts)
+        quoted = any(re.fullmatch('".*"".*"', text) for row in texts for text in row)  # as pandas does
+        if quoted and "own" in task and path.suffix.lower() == ".tsv":
+            print0(f'{path}: quotation marks are read as text. If pandas wrote them, write a .jsonl instead: '
+                   f'df.to_json("train.jsonl", orient="records", lines=True)')
         self.examples = [{"tokens": np.array(tokenizer.encode_pair(*row, max_len=max_len))} for row in texts]
         if split in ("train", "dev"):
             number = {label: number for number, label in enumerate(self.labels)}.get if self.labels else float
-            self.gold = targets = np.array([number(label) for label in labels])
+            self.gold = np.array([number(label) for label in labels])
         if split == "train":
+            targets = self.gold
             if not self.labels:
                 targets = np.float32((self.gold - self.low) / (self.high - self.low))
             for example, target in zip(self.examples, targets):
@@ -549,30 +538,25 @@ def best_spans(logits, starts):
 # All tasks: files, scores, batches, the model
 
 
-def find_file(folder, stem):
-    """stem.jsonl if the folder has it, else stem.tsv, which need not be there."""
-    tsv, jsonl = folder / f"{stem}.tsv", folder / f"{stem}.jsonl"
-    if tsv.exists() and jsonl.exists():
-        raise InputError(f"{folder} has both {tsv.name} and {jsonl.name}: remove one of them.")
-    return jsonl if jsonl.exists() else tsv
-
-
 def files_of(task, data_dir):
-    """[(train | dev | test, name of the set, path)] of a task. Only test files may be missing."""
-    name, folder = task["name"], Path(data_dir, task["name"])
+    """[(train | dev | test, name of the set, path)] of a task's files. Only test files may be missing."""
+    name, folder, endings, files = task["name"], Path(data_dir, task["name"]), [".tsv", ".jsonl"], []
+    stems = [("train", name, "train")]
+    for set_name, suffix in task.get("sets", {name: ""}).items():
+        stems += [(split, set_name, split + suffix) for split in ("dev", "test")]
     if "labels" not in task:
-        files = [(split, name, Path(data_dir, f"{split}-v{name[6:]}.json")) for split in ("train", "dev")]
-    else:
-        files = [("train", name, find_file(folder, "train"))]
-        for set_name, suffix in task.get("sets", {name: ""}).items():
-            files += [(split, set_name, find_file(folder, split + suffix)) for split in ("dev", "test")]
-    for split, _, path in files:
-        if split != "test" and not path.exists():
-            advice = "README's section \"Fine-tuning\" says which files a task needs. "
-            advice += f"Tasks are {', '.join(TASKS)}, GLUE and folders of your own."
-            if Path(data_dir, path.name).exists():
+        folder, endings = Path(data_dir), [".json"]
+        stems = [(split, name, f"{split}-v{name[6:]}") for split in ("train", "dev")]
+    for split, set_name, stem in stems:
+        found = [stem + ending for ending in endings if Path(folder, stem + ending).exists()]
+        if len(found) > 1:
+            raise InputError(f"{folder} has both {' and '.join(found)}: remove one of them.")
+        if not found and split != "test":
+            advice = f"See README, Fine-tuning. Tasks: {', '.join(TASKS)}, GLUE and folders of your own."
+            if any(Path(data_dir, stem + ending).exists() for ending in endings):
                 advice = f"{data_dir} is the folder of one task: give the folder above it as --data_dir."
-            raise InputError(f"{path.parent} has no file {path.name}. {advice}")
+            raise InputError(f"{folder} has no file {stem}{endings[0]}. {advice}")
+        files += [(split, set_name, folder / file) for file in found]
     return files
 
 
@@ -623,11 +607,8 @@ def read_task(task, data_dir, tokenizer, max_len):
     sets, digest = {"train": [], "dev": [], "test": []}, hashlib.sha256()
     kind = GlueSet if "labels" in task else SquadSet
     for split, set_name, path in files_of(task, data_dir):
-        if path.exists():
-            sets[split].append(kind(path, task, set_name, split, tokenizer, max_len))
-            digest.update(checksum(path).encode())
-        elif "own" not in task:
-            print0(f"{path} does not exist: no predictions for the leaderboard.")
+        sets[split].append(kind(path, task, set_name, split, tokenizer, max_len))
+        digest.update(checksum(path).encode())
     return sets, digest.hexdigest()
 
 
@@ -644,15 +625,16 @@ def selecting(task, scores):
     return float(np.mean([scores[metric] for metric in task.get("selects", task["metrics"])]))
 
 
-def batches(lengths, batch_size, *seeds):
-    """Indices of all examples once, in batches of similar lengths, in an order that the seeds decide."""
-    random = np.random.default_rng(seeds)
-    order, pool, found = random.permutation(len(lengths)), batch_size * POOL, []
-    for begin in range(0, len(order), pool):
-        part = order[begin : begin + pool]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        found += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [found[i] for i in random.permutation(len(found))]
+def batches(lengths, batch_size, epochs, seed):
+    """Indices of all examples, once an epoch, in batches of similar lengths, in an order set by the seed."""
+    for epoch in range(epochs):
+        random = np.random.default_rng((seed, epoch))
+        order, pool, found = random.permutation(len(lengths)), batch_size * POOL, []
+        for begin in range(0, len(order), pool):
+            part = order[begin : begin + pool]
+            part = part[np.argsort(lengths[part], kind="stable")]
+            found += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+        yield from (found[i] for i in random.permutation(len(found)))
 
 
 def collate(examples, pad_id):
@@ -687,13 +669,11 @@ class Model(nn.Module):
     def forward(self, tokens, allowed=None):
         """tokens (B, T) -> logits (B, classes), or scores (B, 1), scaled so that low to high is 0 to 1.
 
-        SQuAD: with allowed (B, T), as in SquadSet -> (B, T, 2), -inf where no answer is allowed.
+        SQuAD: -> (B, T, 2), -inf where allowed (B, T), which is as in SquadSet, says that no answer can be.
         """
         if self.finds_spans:
-            if allowed is None:
-                raise ValueError("SQuAD: call model(tokens, allowed), both as in SquadSet's examples.")
             logits = self.out(self.encoder(tokens)).float()
-            return logits.masked_fill(~allowed[..., None], -math.inf)
+            return logits if allowed is None else logits.masked_fill(~allowed[..., None], -math.inf)
         x = self.encoder(tokens, positions=torch.zeros_like(tokens[:, :1]))[:, 0]  # (B, D)
         x = torch.tanh(self.dense(F.dropout(x, self.dropout, self.training)))
         return self.out(F.dropout(x, self.dropout, self.training)).float()
@@ -709,10 +689,10 @@ class Model(nn.Module):
 
 
 def load_finetuned(path, device="cpu"):
-    """(the Model in evaluation mode, its Tokenizer, the row of its task) of a best.pt or last.pt"""
+    """(the Model in evaluation mode, its Tokenizer, the row of its task) of a best.pt"""
     saved = read_checkpoint(path)
     if "task" not in saved:
-        raise InputError(f"{path} is not fine-tuned: give a best.pt or last.pt of finetune.py.")
+        raise InputError(f"{path} is not fine-tuned: give a best.pt of finetune.py.")
     tokenizer, task = Tokenizer.from_state(saved["tokenizer"], path), saved["task"]
     try:
         names = [task["name"]]
@@ -728,7 +708,7 @@ def load_finetuned(path, device="cpu"):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One run
+# One run, and what it writes: out_dir/TASK/ and its seedN/
 
 
 @torch.no_grad()
@@ -756,32 +736,24 @@ def show(scores):
     return "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if "threshold" not in name)
 
 
-def start_model(task, args, start, seed):
-    """The pretrained Transformer with a new head"""
+def fine_tune(task, args, start, sets, seed, device, autocast):
+    """One run -> (the best state, its predictions for dev and test)"""
+    examples = sets["train"][0].examples
     torch.manual_seed(seed)
     model = Model(task, start.config, args.dropout)
     if start.weights:
         model.encoder.load_state_dict(start.weights)
-    return model
-
-
-def fine_tune(task, args, start, sets, seed, device, autocast):
-    """One run -> (best state, last state, the best one's predictions for dev and test)"""
-    examples = sets["train"][0].examples
-    model = start_model(task, args, start, seed).to(device)
-    ddp = model
+    model = ddp = model.to(device)
     if WORLD > 1:
         ddp = nn.parallel.DistributedDataParallel(model, [LOCAL_RANK] if args.device == "cuda" else None)
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     progress = Progress(f"{task['name']}, seed {seed}", args.max_steps, "steps", 1)
     lengths = np.array([len(example["tokens"]) for example in examples])
-    upcoming = (indices for epoch in range(args.epochs)
-                for indices in batches(lengths, args.batch_size, seed, epoch))
+    upcoming = batches(lengths, args.batch_size, args.epochs, seed)
     best, losses, steps_per_epoch = None, [], args.max_steps // args.epochs
     for step, indices in enumerate(upcoming):  # `step` is the number of steps done
-
-        # forward and backward
+        # forward, backward, update
         own = indices[RANK::WORLD]  # none, if the batch is smaller than the number of processes
         batch = collate([examples[i] for i in (own if len(own) else indices[:1])], start.config.pad_id)
         batch = to_device(batch, device)
@@ -793,8 +765,6 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
         if not len(own):
             loss = 0 * loss  # DDP still needs a backward pass
         scaler.scale(loss * WORLD).backward()  # DDP takes the mean over processes
-
-        # update
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, args)
         scaler.step(optimizer)
@@ -812,25 +782,19 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
         if not math.isfinite(mean):
             raise InputError(f"seed {seed}: the loss is {mean} at step {done}; choose a lower learning_rate.")
         scores = dev_scores(sets["dev"], [predict_set(model, dev, autocast) for dev in sets["dev"]])
-        last = {"seed": seed, "step": done, "scores": scores,
-                "model": {name: value.cpu().clone() for name, value in model.state_dict().items()}}
-        is_best = best is None or selecting(task, scores) > selecting(task, best["scores"])
-        best = last if is_best else best
-        print0(f"  seed {seed}  epoch {done / steps_per_epoch:.2f}  step {done:,}/{args.max_steps:,}  "
-               f"loss {mean:.4f}  {show(scores)}{'  best' if is_best else ''}")
+        print0(f"  seed {seed}  step {done:,}/{args.max_steps:,}  loss {mean:.4f}  {show(scores)}")
+        if best is None or selecting(task, scores) > selecting(task, best["scores"]):
+            best = {"seed": seed, "step": done, "scores": scores,
+                    "model": {name: value.cpu().clone() for name, value in model.state_dict().items()}}
 
     model.load_state_dict(best["model"])
     predicted = [predict_set(model, a_set, autocast) for a_set in sets["dev"] + sets["test"]]
-    return best, last, predicted
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Results: out_dir/TASK/ and its seedN/
+    return best | {"last": scores}, predicted
 
 
 def finished_runs(folder, settings):
     """seed -> record of the seeds that have it and a best.pt. Results of other settings are refused."""
-    runs, paths = {}, [path for path in folder.glob("seed*/result.json") if path.parent.name[4:].isdecimal()]
+    runs, paths = {}, list(folder.glob("seed*/result.json"))
     for name in ("results.json", "best.pt"):
         if not paths and (folder / name).exists():
             raise InputError(f"{folder} holds {name}, but no finished seed: choose another --out_dir.")
@@ -849,16 +813,15 @@ def finished_runs(folder, settings):
     return runs
 
 
-def save_run(folder, sets, best, last, predicted, about):
+def save_run(folder, sets, best, predicted, about):
     """Writes seedN/ -> the content of result.json, which is last: it says that all else is there."""
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     for a_set, each in zip(sets["dev"] + sets["test"], predicted, strict=True):
         for file, text in a_set.files(each).items():
             write_file(folder / "predictions" / file, text)
     write_file(folder / "best.pt", about | best)
-    write_file(folder / "last.pt", about | last)
     record = {"seed": best["seed"], "metrics": best["scores"], "best_step": best["step"],
-              "last": last["scores"], "steps": last["step"]}
+              "last": best["last"]}
     write_file(folder / "result.json", json.dumps(record | {"settings": about["settings"]}, indent=1) + "\n")
     return record
 
@@ -868,9 +831,9 @@ def write_summary(folder, task, runs, facts):
     runs = [runs[seed] for seed in sorted(runs)]
     best = folder / f"seed{max(runs, key=lambda run: selecting(task, run['metrics']))['seed']}"
     (folder / "predictions").mkdir(exist_ok=True)
-    for pattern in (f"{task['name']}*.tsv", "*.json"):  # a desktop may have left files of its own
-        for file in (best / "predictions").glob(pattern):
-            write_file(folder / "predictions" / file.name, file.read_bytes().decode())
+    files = [file for ending in ("tsv", "json") for file in (best / "predictions").glob(f"[!.]*.{ending}")]
+    for file in files:  # a desktop may have left files of its own, hidden or not
+        write_file(folder / "predictions" / file.name, file.read_bytes().decode())
     write_file(folder / "best.pt", read_checkpoint(best / "best.pt"))
     results = {"task": task["name"]}
     for key, summary in (("metrics", np.median), ("minimum", min), ("maximum", max)):
@@ -886,34 +849,17 @@ def write_summary(folder, task, runs, facts):
 
 
 def open_start(args):
-    """What fine-tuning starts from: config, tokenizer, weights of the main Transformer, step, checksum."""
-    if args.init_from == "scratch":
-        return open_untrained(args)
-    if args.preset:
-        raise InputError("--preset needs --init_from=scratch.")
-    path = checkpoint_path(args.init_from)
+    """What fine-tuning starts from. Scratch takes the tokenizer and the sizes of a checkpoint alone."""
+    scratch = args.init_from == "scratch"
+    path = checkpoint_path(args.tokenizer_from if scratch else args.init_from)
     saved = read_checkpoint(path)
     if "task" in saved:
         raise InputError(f"{path} is fine-tuned already: use --predict=FILE, or another --init_from.")
     model, tokenizer = load_checkpoint(path)
-    return SimpleNamespace(config=model.config, tokenizer=tokenizer, weights=model.main.state_dict(),
-                           step=saved["step"], checksum=checksum(path))
-
-
-def open_untrained(args):
-    """The same, without weights: tokenizer and sizes of a checkpoint, or of a corpus and a preset."""
-    path, config = checkpoint_path(args.tokenizer_from), None
-    if path.is_file():
-        model, tokenizer = load_checkpoint(path)
-        config = model.config
-    else:
-        tokenizer = Tokenizer.load(args.tokenizer_from)
-    if args.preset or not config:
-        ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "pad_id", "mask_id")}
-        config = Config.from_preset(args.preset or "tiny", **ids)
-    content = json.dumps([vars(config), tokenizer.state()], sort_keys=True).encode()
-    return SimpleNamespace(config=config, tokenizer=tokenizer, weights=None, step=0,
-                           checksum=f"untrained {hashlib.sha256(content).hexdigest()}")
+    return SimpleNamespace(config=model.config, tokenizer=tokenizer,
+                           weights=None if scratch else model.main.state_dict(),
+                           step=0 if scratch else saved["step"],
+                           checksum=f"untrained {checksum(path)}" if scratch else checksum(path))
 
 
 def settings_of(task, args, config):
@@ -927,19 +873,6 @@ def settings_of(task, args, config):
     return args
 
 
-def report(task, args, start, train, baseline):
-    """Says what a run is about to do."""
-    longest = sum(len(example["tokens"]) == args.max_len for example in train.examples)
-    print0(f"\n{task['name']} from {args.init_from}, step {start.step:,}\n"
-           f"  {args.device}, {args.dtype}, processes {WORLD}\n"
-           f"  {len(train.examples):,} training sequences, {longest:,} of max_len={args.max_len} tokens\n"
-           f"  {', '.join(f'{key} {getattr(args, key):.4g}' for key in DECISIVE[:4])}")
-    if "labels" in task:
-        labels = ", ".join(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
-        print0(f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}\n"
-               f"  baseline on dev (always the most frequent label, or the mean): {show(baseline)}")
-
-
 def run_task(task, args, start, device, autocast):
     """All seeds of one task -> on process 0 the content of results.json."""
     args, folder, results = settings_of(task, args, start.config), Path(args.out_dir, task["name"]), None
@@ -948,44 +881,34 @@ def run_task(task, args, start, device, autocast):
     args.max_steps = math.ceil(len(train.examples) / args.batch_size) * args.epochs
     args.warmup_steps = round(args.warmup_fraction * args.max_steps)
     baseline = dev_scores(dev, [a_set.constant(train) for a_set in dev]) if "labels" in task else None
-    report(task, args, start, train, baseline)
+    print0(f"\n{task['name']} from {args.init_from}, step {start.step:,}\n"
+           f"  {args.device}, {args.dtype}, processes {WORLD}; {len(train.examples):,} training sequences\n"
+           f"  {', '.join(f'{key} {getattr(args, key):.4g}' for key in DECISIVE[:5])}")
+    if "labels" in task:
+        labels = ", ".join(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
+        print0(f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}")
     settings = {key: getattr(args, key) for key in DECISIVE} | {"model": start.checksum, "data": digest}
-    facts = {"baseline": baseline, "examples": len(train), "step": start.step, "checksum": start.checksum,
-             "init_from": args.init_from, "settings": settings}  # of results.json
     about = {"config": vars(start.config), "tokenizer": start.tokenizer.state(), "task": task,
              "settings": settings}  # of best.pt
+    facts = {"baseline": baseline, "examples": len(train), "step": start.step, "checksum": start.checksum,
+             "init_from": args.init_from, "settings": settings}  # of results.json
     with lock(folder) if RANK == 0 else contextlib.nullcontext():
-        if any(each != settings for each in gather_objects(settings)):
-            raise InputError("all processes need the same data and checkpoint: their checksums differ.")
+        require_same("checkpoint and data", [start.checksum, digest])
         runs = gather_objects(finished_runs(folder, settings) if RANK == 0 else None)[0]
         for seed in range(args.seed, args.seed + args.seeds):
             if seed in runs:
                 print0(f"  seed {seed}  finished before  {show(runs[seed]['metrics'])}")
-                continue
-            best, last, predicted = fine_tune(task, args, start, sets, seed, device, autocast)
+            else:
+                best, predicted = fine_tune(task, args, start, sets, seed, device, autocast)
+                if baseline and selecting(task, best["scores"]) <= selecting(task, baseline) + 1e-9:
+                    print0(f"warning: {task['name']}, seed {seed} is not better than the baseline. Try a "
+                           f"larger --learning_rate or more --epochs; small models want both.")
+                if RANK == 0:
+                    runs[seed] = save_run(folder / f"seed{seed}", sets, best, predicted, about)
             if RANK == 0:
-                runs[seed] = save_run(folder / f"seed{seed}", sets, best, last, predicted, about)
                 results = write_summary(folder, task, runs, facts)
-            if baseline and selecting(task, best["scores"]) <= selecting(task, baseline) + 1e-9:
-                print0(f"warning: {task['name']}, seed {seed} is not better than the baseline. Try a larger "
-                       f"--learning_rate or more --epochs; small models want both.")
-        if RANK == 0:
-            results = results or write_summary(folder, task, runs, facts)  # a kill may have come before it
-            if len(runs) > 1:
-                print0(f"  median of {len(runs)} seeds  {show(results['metrics'])}\n"
-                       f"  minimum  {show(results['minimum'])}\n  maximum  {show(results['maximum'])}")
-            print0(f"  {folder} has the results; the best state was chosen by its score on dev")
+        print0(f"  {folder} has the results; the best state was chosen by its score on dev")
     return results
-
-
-def average(results):
-    """The last line of task=GLUE: each task's selecting score, of its medians, and their mean."""
-    last = {"task": "GLUE", "seeds": min(result["seeds"] for result in results)}
-    last |= {key: results[-1][key] for key in ("step", "checksum", "init_from")}
-    for key in ("metrics", "baseline"):
-        scores = {result["task"]: selecting(TASKS[result["task"]], result[key]) for result in results}
-        last[key] = {"average": float(np.mean(list(scores.values()))), **scores}
-    return last
 
 
 def fine_tune_all(args, device, autocast):
@@ -1000,10 +923,10 @@ def fine_tune_all(args, device, autocast):
     results = [run_task(task, args, start, device, autocast) for task in tasks]
     if RANK == 0:
         last = {key: value for key, value in results[-1].items() if key not in ("settings", "runs")}
-        if args.task == "GLUE":
-            last = average(results)
-            for name, value in last["metrics"].items():
-                print0(f"  {name:8} {value:.4f} (baseline {last['baseline'][name]:.4f})")
+        if args.task == "GLUE":  # of each task the score that selects, of its medians
+            scores = {task["name"]: selecting(task, each["metrics"]) for task, each in zip(tasks, results)}
+            last = {"task": "GLUE", "seeds": min(each["seeds"] for each in results),
+                    "metrics": {"average": float(np.mean(list(scores.values()))), **scores}}
             Path(args.out_dir, "GLUE").mkdir(exist_ok=True)
             write_file(Path(args.out_dir, "GLUE", "results.json"), json.dumps(last, indent=1) + "\n")
         print0(json.dumps(last))
@@ -1011,19 +934,17 @@ def fine_tune_all(args, device, autocast):
 
 def predict_file(args, device, autocast):
     """Writes FILE.predictions.tsv: FILE's columns, the predictions and the probabilities of classes."""
-    model, tokenizer, task = load_finetuned(args.init_from, device)
     path, out = Path(args.predict), Path(f"{args.predict}.predictions.tsv")
+    model, tokenizer, task = load_finetuned(args.init_from, device)
     if "labels" not in task:
         raise InputError(f"--predict does not support {task['name']}: it reads rows of texts.")
-    if path.suffix.lower() not in (".tsv", ".jsonl") or not path.is_file():
-        raise InputError(f"--predict={path} has to be a .tsv with a header, or a .jsonl, that exists.")
     a_set = GlueSet(path, task, task["name"], "new", tokenizer, tokenizer.max_len)
     columns = a_set.columns(predict_set(model, a_set, autocast))
     if RANK == 0:
         header, *rows = ([field if isinstance(field, str) else json.dumps(field) for field in fields]
                          for _, fields in read_fields(path))
-        added = zip(*columns.values())
-        write_file(out, table([*header, *columns], ([*a, *b] for a, b in zip(rows, added, strict=True))))
+        rows = [[*row, *added] for row, added in zip(rows, zip(*columns.values()), strict=True)]
+        write_file(out, table([*header, *columns], rows))
         print0(f"{out} has the predictions of {args.init_from} ({task['name']}) for {len(rows):,} rows.")
 
 
@@ -1037,9 +958,7 @@ def main(argv):
         predict_file(args, device, autocast)
     else:
         fine_tune_all(args, device, autocast)
-    if WORLD > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    disconnect()
 
 
 if __name__ == "__main__":
