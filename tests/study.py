@@ -221,10 +221,12 @@ def run(args):
     Path(args.results_dir, args.preset).mkdir(parents=True, exist_ok=True)
     results, here = {file_name(result): result for result in read_results(args)}, processor()
     text = read_meta(Path(args.data_dir, args.dataset))["sha256"]
+    text = {split: text[split] for split in ("train", "val")}
     began_on, rows = {result["seed"]: result["processor"] for result in results.values()}, plan(args)
     for row in rows:
         options, result = train_options(row, args), results.get(file_name(row))
-        if result and (result["options"] != options or result.get("settings", {}).get("text", text) != text):
+        before = (result or {}).get("settings", {}).get("text") or text  # the first rows do not know it
+        if result and (result["options"] != options or not before.items() >= text.items()):
             raise InputError(f"{args.results_dir}: {file_name(row)}.json is not of this text and "
                              f"{' '.join(options)}: choose another --results_dir.")
     missing = [row for row in rows if file_name(row) not in results and args.only in file_name(row)]
