@@ -776,7 +776,7 @@ def main(argv):
             scores, batch, outputs = evaluate(model, val, args, device, autocast)
             if RANK == 0:
                 log.write("val", step, {"tokens": step * step_tokens, **scores})
-            if step > args.warmup_steps and scores["mean_cosine"] > 0.99:
+            if 2 * step > args.max_steps and scores["mean_cosine"] > 0.99:
                 print0("warning: mean_cosine is near 1: all texts look the same; see tests/README.md")
         keep = args.keep_interval and step % args.keep_interval == 0
         if RANK == 0 and step > start and (last or stop or keep or step % args.checkpoint_interval == 0):

@@ -42,12 +42,9 @@ def test_a_snippet_of_readme(snippet, folder, capsys, monkeypatch):
         convert.main(["out/ckpt.pt", "hf"])
     names = {}
     exec(snippet, names)
-    if "vectors" in names:
-        assert names["vectors"].shape == (2, 32)
-        assert names["vectors"].norm(dim=1).tolist() == pytest.approx([1, 1])
     if "print" in snippet:
         assert len(capsys.readouterr().out.splitlines()) == 2  # a line for each text
 
 
 def test_readme_has_snippets_of_every_kind():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 3
