@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = ("mlm_loss", "copy_auc", "lm_loss", "scl_loss")  # of log.jsonl
+COLUMNS = {"mlm_loss": "auxiliary, lower is better", "copy_auc": "copy head, higher is better",  # of log.jsonl
+           "lm_loss": "LM head, lower is better", "scl_loss": "contrastive, lower is better"}
 COLOURS = ("#3d85c6", "#d9822b", "#3f9b5b", "#9b6bbf", "#cc4b4b", "#b8860b")
 GREY = "#808080"  # can be read on white and on black
 STYLE = {"savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 11,
@@ -84,7 +85,7 @@ def draw(folders):
             ax.plot(x, y, **look, lw=2, marker="o", ms=4)
             labels += [(name, last, value, look["color"]) for value in y[np.isfinite(y)][-1:]]
         has_training = any(curve(rows, "train", column).size for rows in logs)
-        ax.set_title(f"{column}, validation" + ("; thin: training" if has_training else ""))
+        ax.set_title(f"{column}: {COLUMNS[column]}" + (" (thin: training)" if has_training else ""))
         for level in {header.get("nothing_learned", {}).get(column) for header in headers} - {None}:
             draw_level(ax, level, "nothing learned")
         if len(logs) > 1:
