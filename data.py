@@ -65,6 +65,7 @@ LIMITS = {
                      "eval_batches", "checkpoint_interval", "epochs", "seeds", "workers"), (1, math.inf)),
     "vocab_size": (260, 2**20), "max_len": (8, 2**20), "val_fraction": (0, 0.5), "warmup_fraction": (0, 1),
     "dropout": (0, 0.9), "beta1": (0, 0.9999999), "beta2": (0, 0.9999999), "epsilon": (1e-30, 1),
+    "seed": (0, 2**63 - 1),
 }
 
 

@@ -41,7 +41,7 @@ class Config:
     """All that decides what the model is and what it learns; stored in every checkpoint.
 
     Without a preset, the sizes are those of base. A value that its type or RANGES does not allow raises
-    ValueError, and so does a setting that has no effect beside another one.
+    ValueError, and so does an ablation that has no effect beside another one.
     """
 
     vocab_size: int
@@ -140,7 +140,7 @@ def check_config(c):
         low, high = RANGES.get(field.name, (0, math.inf))
         if field.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
             raise ValueError(f"{field.name}={value} has to be finite and from {low} to {high}.")
-    mixes = c.token_task == "clm" and c.copy_mechanism  # in all_token_mlm the LM loss trains the copy head
+    mixes = c.token_task == "clm" and c.copy_mechanism  # (all_token_mlm always mixes, with gradient)
     for name, has_effect in {"corruption": c.token_task != "mlm", "copy_mechanism": c.token_task == "clm",
                              "lm_loss": mixes, "stop_gradient": mixes,
                              "auxiliary_dropout": c.has_auxiliary and c.corruption != "frozen"}.items():
@@ -184,8 +184,9 @@ def relative_position_bucket(distance, bins, max_distance):
 def local_relative_table(bins, heads, max_distance):
     """A start for the relative-position table, (bins, heads), from which small models learn. [ours, measured]
 
-    Of every four heads one looks left, one right, one around and one everywhere. From normal(0, 0.02) all
-    hidden states of a small model become equal, and it never learns more than how frequent each token is.
+    Of every four heads one looks left, one right, one around and one everywhere: the nearest token has the
+    logit 0, each further one less. From normal(0, 0.02) all hidden states of a small model become equal, and
+    it never learns more than how frequent each token is.
     """
     distance = torch.arange(-max_distance, max_distance + 1)
     bucket = relative_position_bucket(distance, bins, max_distance)
@@ -480,7 +481,7 @@ def statistics(batch, outputs, gather=None):
         replaced = ~same.gather(1, batch["masked"])  # (B, K)
         found["lm_accuracy_replaced"] = sum_and_count(outputs["lm_tokens"] == originals, replaced)
     pooled = outputs["pooled"] if gather is None else gather(outputs["pooled"])  # (N, D)
-    unit, N = F.normalize(pooled, dim=-1), len(pooled)  # near 1, all texts look the same to the model
+    unit, N = F.normalize(pooled, dim=-1), len(pooled)  # |sum of them|^2 = N + the cosines of all pairs
     found["mean_cosine"] = torch.stack([unit.sum(0).square().sum() - N, unit.new_tensor(N * (N - 1.0))])
     if "scl_vectors" in outputs:
         found.update(scl_statistics(cosines(*outputs["scl_vectors"])))

@@ -111,19 +111,21 @@ def read_settings(argv):
     the command line, train.py's constants, the checkpoint's sizes, the preset, Config's defaults.
     """
     parser = make_parser()
-    defaults = vars(parser.parse_args([]))
+    defaults = vars(parser.parse_args([]))  # the constants, as they stand in the files
     given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))  # None: not given
     chosen = {name: value for name, value in given.items() if value is not None}
     constants = {name: value for name, value in defaults.items()
                  if name not in Config.__annotations__ and value is not None}
-    start, preset, sizes = (constants | chosen)["init_from"], (constants | chosen)["preset"], {}
-    if start not in STARTS:
-        checkpoint = read_checkpoint(start)
+    init_from, preset, sizes = (constants | chosen)["init_from"], (constants | chosen)["preset"], {}
+    if init_from not in STARTS:
+        checkpoint = read_checkpoint(init_from)
         sizes = {name: value for name, value in checkpoint["config"].items() if name in SIZES}
+        if sizes.get("auxiliary_width") == sizes.get("width"):
+            sizes["auxiliary_width"] = 0  # as Config has it: as wide as the main Transformer
         its_preset = checkpoint.get("settings", {}).get("preset")  # a converted release may be like none
         preset = its_preset if its_preset in PRESETS else preset
         if chosen.get("preset", preset) != preset:
-            raise InputError(f"{start} has preset={preset}, not {chosen['preset']}: leave --preset out.")
+            raise InputError(f"{init_from} has preset={preset}, not {chosen['preset']}: leave --preset out.")
         chosen["preset"] = preset
     args = Namespace(**defaults | SCHEDULES[preset] | PRESETS[preset] | sizes | constants | chosen)
 
@@ -140,6 +142,10 @@ def read_settings(argv):
         raise InputError("there are no negatives: choose a larger micro_batch_size or --contrastive=False.")
     if (args.corruption == "frozen") != bool(args.auxiliary_from):
         raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT need each other.")
+    for source in {args.init_from, args.auxiliary_from} - {*STARTS, ""} if args.overwrite else ():
+        if checkpoint_path(source).resolve().parent == Path(args.out_dir).resolve():
+            raise InputError(f"{source} is in the folder that --overwrite=True replaces: "
+                             f"choose another --out_dir.")
     make_config(args, vocab_size=2**16)  # raises an error before the text is prepared
     return args
 
@@ -159,9 +165,10 @@ def usual_settings(preset):
 
 def choose_hardware(args):
     """Replaces "auto" in device and dtype by what this machine has -> torch.device"""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = {"cuda": torch.cuda.is_available(), "cpu": True,
+            "mps": torch.backends.mps.is_available() and WORLD == 1}  # gloo has no mps
     if args.device == "auto":
-        args.device = next(name for name in here if here[name])
+        args.device = next(name for name in ("cuda", "mps", "cpu") if here[name])
     if not here[args.device] or args.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         raise InputError(f"there is no {args.device} for process {LOCAL_RANK} on this machine: choose another"
                          f" --device or a smaller --nproc_per_node.")
@@ -206,9 +213,10 @@ def disconnect():
 
 
 def print0(*words, **how):
-    """print, on process 0 alone"""
+    """print, on process 0 alone. A terminal or pipe that is gone does not end a run."""
     if RANK == 0:
-        print(*words, flush=True, **how)
+        with contextlib.suppress(OSError):
+            print(*words, flush=True, **how)
 
 
 def sum_over_processes(tensor):
@@ -364,7 +372,7 @@ def find_checkpoint(args, settings):
 
 
 def changes_since(before, settings):
-    """The settings that differ from those of an earlier run, which may not know all of today's."""
+    """The settings that differ from those of an earlier run. What it does not know counts as its default."""
     before = usual_settings(settings["preset"]) | before
     return {name: value for name, value in settings.items() if before.get(name) != value}
 
@@ -394,7 +402,7 @@ def restore(checkpoint, path, model, optimizer, scaler, settings):
     model.load_state_dict(checkpoint["model"])
     # restore Adam's moments only; keep our own parameter groups
     optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-    scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+    scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} of a run that was not float16
     return changes
 
 
@@ -456,7 +464,8 @@ def to_device(batch, device):
 
 def accumulate(totals, losses, found):
     """Adds the losses and statistics of a pass to name -> (sum, count)."""
-    for name, sums in ({n: sum_and_count(loss.detach()) for n, loss in losses.items()} | found).items():
+    terms = {name: sum_and_count(loss.detach()) for name, loss in losses.items()}
+    for name, sums in (terms | found).items():
         totals[name] = totals.get(name, 0) + sums
 
 
@@ -509,6 +518,7 @@ def evaluate(model, sequences, args, device, autocast):
     totals, scores, micro = {}, [], args.micro_batch_size
     for part in range(min(args.eval_batches * args.accumulation, len(sequences) // (WORLD * micro))):
         rows = (part * WORLD + RANK) * micro + np.arange(micro)
+        # a step as large as the split: its masks depend on the index alone
         batch = to_device(sequences.batch(step=0, indices=rows, batch_size=len(sequences)), device)
         with autocast:
             losses, outputs = model(batch, gather)
@@ -584,11 +594,11 @@ def read_log(path, last_step):
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
-            if "constants" in row:
+            if isinstance(row.get("constants"), dict):
                 header = row
-            elif row["split"] in ("train", "val") and row["step"] <= last_step:
+            elif row["split"] in ("train", "val") and row["seconds"] >= 0 and row["step"] <= last_step:
                 rows.append(row)
-        except (ValueError, TypeError, KeyError, RecursionError):  # torn by a crash, or not ours
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # torn, or not ours
             unreadable += 1
     return header, rows, unreadable
 
@@ -632,13 +642,14 @@ class Log:
 
 
 def save(out, log, checkpoint, keep, required):
-    """Writes ckpt.pt, and ckpt.STEP.pt if it is to stay. Only a required one has to be written."""
+    """Writes ckpt.pt, and if it is to stay ckpt.STEP.pt. Only a required one has to be written."""
     try:
-        os.fsync(log.file.fileno())
+        with contextlib.suppress(OSError):
+            os.fsync(log.file.fileno())
+        write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
         if keep:
             write_file(out / f"ckpt.{checkpoint['step']}.pt", checkpoint)
-        write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
-    except (InputError, OSError) as error:  # a full disk, say
+    except InputError as error:  # a full disk, say
         if required:
             raise
         print0(f"warning: {error} The run goes on, and tries again at the next interval.")
@@ -772,14 +783,16 @@ def main(argv):
         last = step == args.max_steps
 
         # validate, save, leave
-        if last or step % args.eval_interval == 0 and (step > start or start == 0):  # or it is done already
+        validated = step == start > 0  # by the run that is resumed, before it saved
+        if last or step % args.eval_interval == 0 and not validated:
             scores, batch, outputs = evaluate(model, val, args, device, autocast)
             if RANK == 0:
                 log.write("val", step, {"tokens": step * step_tokens, **scores})
             if 2 * step > args.max_steps and scores["mean_cosine"] > 0.99:
                 print0("warning: mean_cosine is near 1: all texts look the same; see tests/README.md")
-        keep = args.keep_interval and step % args.keep_interval == 0
-        if RANK == 0 and step > start and (last or stop or keep or step % args.checkpoint_interval == 0):
+        due = step > start and (last or stop or step % args.checkpoint_interval == 0)
+        keep = step and args.keep_interval and step % args.keep_interval == 0
+        if RANK == 0 and (due or keep and not (out / f"ckpt.{step}.pt").exists()):
             save(out, log, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                             "config": vars(config), "settings": settings, "skipped": skipped,
                             "scaler": scaler.state_dict(), "tokenizer": tokenizer.state()},

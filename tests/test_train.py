@@ -400,7 +400,7 @@ def test_accumulation_equals_one_big_batch(options, tmp_path):
 
 
 def sample_without_logits():
-    """Rounding flips a sampled token now and then, and then all that follows. These samples know no rounding."""
+    """Rounding flips a sampled token now and then, and so all that follows. These samples know no rounding."""
     model.sample = lambda logits, uniforms: (uniforms * logits.shape[-1]).long()
 
 
@@ -558,7 +558,8 @@ def test_a_torn_log_is_mended(options, finished, halfway):
     log = halfway / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     kept = next(i for i, line in enumerate(lines) if b'"train", "step": 5' in line)
-    for torn in (b'{"split": "tr\n', b"\0\0\0\0\n{\n", b"\xff\n", b"1\n[]\n"):
+    not_ours = b'1\n[]\n"constants"\n{"split": "train", "step": 1}\n'
+    for torn in (b'{"split": "tr\n', b"\0\0\0\0\n{\n", b"\xff\n", not_ours):
         for place in (2, kept):  # behind it, readable rows follow
             log.write_bytes(b"".join([*lines[:place], torn, *lines[place:kept]]))
             shutil.copy(finished / "ckpt.prev.pt", halfway / "ckpt.pt")
@@ -655,6 +656,25 @@ def test_overwriting_deletes_the_files_of_a_run_alone(options, finished, tmp_pat
     run(*options, f"--out_dir={out}", "--overwrite=True", "--max_steps=2")
     assert sorted(os.listdir(out)) == [".lock", "ckpt.best.pt", "ckpt.pt", "log.jsonl", "notes.txt"]
     assert (out / "notes.txt").read_bytes() == (finished / "ckpt.pt").read_bytes()
+
+
+def test_the_source_of_a_run_is_not_overwritten(options, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for source in (out, out / "ckpt.prev.pt"):
+        status, said = attempt(*options, f"--out_dir={out}", f"--init_from={source}", "--overwrite=True")
+        assert status == 2 and "choose another --out_dir" in said and contents(out) == contents(finished)
+
+
+def test_a_run_from_a_checkpoint_is_resumed_by_the_same_sizes(options, finished, tmp_path):
+    run(*options, f"--out_dir={tmp_path}", f"--init_from={finished}", "--max_steps=2")
+    run(*options, f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=3")
+    assert read(tmp_path)["step"] == 3
+
+
+def test_a_closed_terminal_does_not_end_a_run(options, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "print", lambda *_, **__: os.write(-1, b""), raising=False)  # OSError
+    run(*options, f"--out_dir={tmp_path}")
+    assert_same(finished, tmp_path)
 
 
 def test_torchrun_restarts_do_not_overwrite_the_run(options, finished, tmp_path, monkeypatch):
