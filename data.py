@@ -647,8 +647,9 @@ def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
         try:
             base = tiktoken.get_encoding(encoding)
         except (ValueError, OSError) as error:  # OSError: no network
-            raise InputError(f"--encoding={encoding} is neither bpe nor a path, and tiktoken gives none: "
-                             f"{type(error).__name__}. It has {tiktoken.list_encoding_names()}.") from None
+            raise InputError(f"--encoding={encoding} is neither bpe nor a path, and tiktoken gives none "
+                             f"({type(error).__name__}): it has {tiktoken.list_encoding_names()}, and needs "
+                             "a network when it gives one for the first time.") from None
         tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase is not False)
     if vocab_size not in (None, tokenizer.vocab_size) or lowercase not in (None, tokenizer.lowercase):
         raise InputError(f"--encoding={encoding} has vocab_size={tokenizer.vocab_size} and "
