@@ -322,7 +322,7 @@ def read_glue(path, task, split):
             other, line = looks.setdefault(look(label), (label, number))
             if other != label:
                 raise InputError(f"{path} has the labels {other!a:.200} in line {line} and {label!a:.200} in "
-                                 f"line {number}: spell them alike, or so that they differ to the eye.")
+                                 f"line {number}: spell them alike, or name the two apart.")
         index = next((row[column] for column in row if column.casefold() in INDEX), len(rows))
         rows.append((str(index).strip(), texts, label))
     if not rows:
