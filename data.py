@@ -47,7 +47,7 @@ import tiktoken
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 FILES = {"train.bin", "val.bin", "tokenizer_state.json", "meta.json"}
 PIECE = 16_000        # characters: shorter documents stay whole, longer ones are cut
-LINE = 10**9          # characters of a line, at most
+LINE = 2 * 10**8      # characters of a line, at most; text8 is one line of half as many
 CHUNK = 200           # pieces that a process prepares at once
 SAMPLE = 100_000_000  # bytes of text on which the BPE is trained, about, if there are as many
 ENCODE = 100_000      # characters that tiktoken gets at once: a million spaces in a row are too many for it
@@ -121,11 +121,11 @@ def run_command(main):
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError) as error:  # OSError: no permission, disk full, ...
+    except (InputError, OSError, MemoryError) as error:  # OSError: no permission, disk full, ...
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(3)  # process 0 says what all would say, and torchrun ends the others meanwhile
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(2)  # an orderly exit would wait for processes that have ended
     sys.exit(2)
@@ -249,6 +249,8 @@ def read_lines(path):
         raise InputError(f"{path}, line {number}: character {error.start + 1} is not UTF-8.") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({error}).") from None
+    except MemoryError:
+        raise InputError(f"{path} has a line for which there is not enough memory.") from None
 
 
 def read_documents(files, field, document_per_file):
@@ -523,7 +525,10 @@ def clean(text):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """sp.model cuts a text into pieces, dict.txt gives them ids. Needs the package sentencepiece. [model]"""
+    """sp.model cuts a text into pieces, dict.txt gives them ids. Needs the package sentencepiece. [model]
+
+    Behind 'LL, 'RE and 'VE in capitals the authors put a space; this does not.
+    """
 
     pattern, lowercase = "", False
 
@@ -643,8 +648,9 @@ def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
         try:
             base = tiktoken.get_encoding(encoding)
         except (ValueError, OSError) as error:  # OSError: no network
-            raise InputError(f"--encoding={encoding} is neither bpe nor a path, and tiktoken gives none: "
-                             f"{type(error).__name__}. It has {tiktoken.list_encoding_names()}.") from None
+            raise InputError(f"--encoding={encoding} is neither bpe nor a path, and tiktoken gives none "
+                             f"({type(error).__name__}): it has {tiktoken.list_encoding_names()}, and needs "
+                             "a network when it gives one for the first time.") from None
         tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase is not False)
     if vocab_size not in (None, tokenizer.vocab_size) or lowercase not in (None, tokenizer.lowercase):
         raise InputError(f"--encoding={encoding} has vocab_size={tokenizer.vocab_size} and "
@@ -673,6 +679,7 @@ def clean_up(scratch, folder):
     """Removes what a preparation left. If it was stopped between its two renames, the old corpus returns."""
     if (scratch / "old").exists() and not folder.exists():
         os.rename(scratch / "old", folder)
+        tell(f"{folder} is the old corpus again: --overwrite had been stopped.")
     shutil.rmtree(scratch)
 
 
@@ -683,7 +690,8 @@ def new_folder(data_dir, name, overwrite):
     folder = Path(data_dir, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for killed in folder.parent.glob(f".{name}~*"):
-        clean_up(killed, folder)
+        if killed.is_dir() and {file.name for file in killed.iterdir()} <= {"new", "old", "docs.txt"}:
+            clean_up(killed, folder)
     is_corpus = not folder.is_symlink() and {file.name for file in folder.glob("*")} == FILES
     if os.path.lexists(folder) and not (is_corpus and overwrite):
         raise InputError(f"{folder} exists; choose another --name. --overwrite=True replaces only a corpus.")

@@ -30,6 +30,7 @@ import math
 import re
 import string
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,6 +216,13 @@ def table(header, rows):
     return "".join(line + "\n" for line in lines).encode(errors="replace").decode()
 
 
+def without_repetition(pairs):
+    """The dict of a JSON object. Python itself would take the last one of two equal keys."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return row
+
+
 def read_fields(path):
     """(line number, fields) of a .tsv or a .jsonl. The first fields are the names of the columns.
 
@@ -231,7 +239,8 @@ def read_fields(path):
             yield number, line.rstrip("\r\n").split("\t")
             continue
         try:
-            row, as_text = json.loads(line), json.loads(line, parse_int=str, parse_float=str)
+            row = json.loads(line, object_pairs_hook=without_repetition)
+            as_text = json.loads(line, parse_int=str, parse_float=str)
             keys = list(dict.fromkeys([*names, *row.keys()]))  # first those of the first line
             fields = [as_text[key] if isinstance(as_text[key], str) else row[key] for key in keys]
             fields = [json.dumps(field) if isinstance(field, bool) else field for field in fields]
@@ -250,12 +259,25 @@ def number_of(text):
         return float(text) if "_" not in text and abs(float(text)) <= 1e300 else None
 
 
+def shown(labels):
+    """Labels for a message; a sign that cannot be seen is spelled out."""
+    return f"{', '.join(label if label.isprintable() else repr(label) for label in labels):.200}"
+
+
+def look(label):
+    """What is equal if two labels are the same number, 0 and 0.0, or look the same: pos and pos + U+200B."""
+    visible = re.sub(r"\s", " ", unicodedata.normalize("NFC", label))
+    visible = "".join(c for c in visible if c.isprintable())
+    number = number_of(visible)
+    return visible if number is None else number
+
+
 def wanted_label(task, classes, label):
     """None if the label can be used; else what it has to be. classes: the set of a task's labels"""
     if task["labels"] is None:  # the classes are what the training file has
         return None if label else "a text"
     if classes:
-        return None if label in classes else f"one of {', '.join(task['labels']):.200}"
+        return None if label in classes else f"one of {shown(task['labels'])}"
     number = number_of(label)  # own scores on dev may leave the range of train
     low, high = (-1e300, 1e300) if "own" in task else (task["low"], task["high"])
     return None if number is not None and low <= number <= high else f"a number from {low:g} to {high:g}"
@@ -269,6 +291,7 @@ def read_glue(path, task, split):
     labelled, exact = split in ("train", "dev"), "own" in task or split == "new"
     wanted = [*task["texts"], task["label"]] if labelled else task["texts"]
     lines, rows, broken, classes = list(read_fields(path)), [], 0, {*(task["labels"] or [])}
+    looks = {}  # of own labels: (label, line) that first looked so
     header = lines[0][1] if lines else []
     if labelled and "no_header" in task and wanted[0] not in header:
         header = task["no_header"]
@@ -277,8 +300,10 @@ def read_glue(path, task, split):
     for column in wanted:
         if header.count(column) != 1:
             raise InputError(f'{path} needs one column "{column}": its first line is {header!r:.200}.')
-    if exact and "prediction" in header:
-        raise InputError(f'{path} has a column "prediction": rename it; the predictions get this name.')
+    if exact and len({*header}) < len(header):
+        raise InputError(f"{path}: each column needs its own name, but they are {header!r:.200}.")
+    if added := {"prediction", "probability"} & {*header} if exact else ():
+        raise InputError(f'{path} has a column "{min(added)}": rename it; the predictions get this name.')
     for number, fields in lines:
         row, complete = dict(zip(header, fields)), len(fields) == len(header)
         if labelled and "skips_broken_rows" in task and not complete:
@@ -293,6 +318,11 @@ def read_glue(path, task, split):
         label = row[task["label"]].strip() if labelled else None
         if labelled and (what := wanted_label(task, classes, label)):
             raise InputError(f"{path}, line {number}: the label has to be {what}, not {label!r:.200}.")
+        if labelled and task["labels"] is None:
+            other, line = looks.setdefault(look(label), (label, number))
+            if other != label:
+                raise InputError(f"{path} has the labels {other!a:.200} in line {line} and {label!a:.200} in "
+                                 f"line {number}: spell them alike, or name the two apart.")
         index = next((row[column] for column in row if column.casefold() in INDEX), len(rows))
         rows.append((str(index).strip(), texts, label))
     if not rows:
@@ -316,7 +346,7 @@ class GlueSet:
         self.low, self.high = task.get("low"), task.get("high")  # of scores
         self.index, texts, labels = zip(*read_glue(path, task, split))
         quoted = any(re.fullmatch('".*"".*"', text) for row in texts for text in row)  # as pandas does
-        if quoted and "own" in task and path.suffix.lower() == ".tsv":
+        if quoted and ("own" in task or split == "new") and path.suffix.lower() == ".tsv":
             print0(f'{path}: quotation marks are read as text. If pandas wrote them, write a .jsonl instead: '
                    f'df.to_json("train.jsonl", orient="records", lines=True)')
         self.examples = [{"tokens": np.array(tokenizer.encode_pair(*row, max_len=max_len))} for row in texts]
@@ -382,7 +412,7 @@ def read_squad(path, version):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         questions = [
             {"id": str(qa["id"]), "question": str(qa["question"]).strip(), "context": str(part["context"]),
-             "golds": [] if qa.get("is_impossible") is True else
+             "golds": [] if qa.get("is_impossible") in (True, "true", "True") else
                       [(str(answer["text"]), answer.get("answer_start")) for answer in qa["answers"]]}
             for article in content["data"] for part in article["paragraphs"] for qa in part["qas"]]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -560,17 +590,6 @@ def files_of(task, data_dir):
     return files
 
 
-def refuse_lookalikes(path, labels):
-    """0 and 0.0 would be two classes, and so would be a text with and without a sign that cannot be seen."""
-    seen = {}
-    for label in sorted(labels):
-        visible = "".join(c for c in label if c.isprintable())
-        number = number_of(visible)
-        other = seen.setdefault(visible if number is None else number, label)
-        if other != label:
-            raise InputError(f"{path} has the labels {other!r} and {label!r}: spell them alike.")
-
-
 def find_task(name, args):
     """The row of a task, with its name: from TASKS, or made of the training file of own data."""
     if name in TASKS:
@@ -592,8 +611,6 @@ def find_task(name, args):
             raise InputError(f'{path}: "{column}" holds nothing but numbers. If it numbers the rows, call it '
                              f'{" or ".join(INDEX)}; if it is the label, "label"; else leave it out.')
     values = {label for _, _, label in rows}
-    if not args.regression:
-        refuse_lookalikes(path, values)
     values = sorted(map(float, values) if args.regression else values)
     if values[0] == values[-1]:
         raise InputError(f"{path} has the label {values[0]!r} alone: there is nothing to learn.")
@@ -699,6 +716,8 @@ def load_finetuned(path, device="cpu"):
         if "labels" in task:
             names += task["texts"] + task["labels"] + [task["label"]]
         "".join(names)  # raises TypeError if one is no text
+        sum(task[end] for end in ("low", "high") if task.get("labels") == [])  # the same for a number
+        nn.Dropout(saved["settings"]["dropout"])  # and ValueError if it is no share
         model = Model(task, Config(**saved["config"]), saved["settings"]["dropout"])
         model.load_state_dict(saved["model"])
         tokenizer.max_len = int(saved["settings"]["max_len"])
@@ -792,17 +811,18 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
     return best | {"last": scores}, predicted
 
 
-def finished_runs(folder, settings):
+def finished_runs(folder, task, settings):
     """seed -> record of the seeds that have it and a best.pt. Results of other settings are refused."""
     runs, paths = {}, list(folder.glob("seed*/result.json"))
-    for name in ("results.json", "best.pt"):
+    for name in ("results.json", "best.pt", "predictions"):
         if not paths and (folder / name).exists():
             raise InputError(f"{folder} holds {name}, but no finished seed: choose another --out_dir.")
     for path in paths:
         try:
             record = json.loads(path.read_bytes())
-            before, seed = record.pop("settings"), record["seed"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            before, seed = {**record.pop("settings")}, int(record["seed"])
+            selecting(task, record["metrics"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # damaged: the seed is run again
         if other := [f"{name} was {before.get(name)} and is {now}" for name, now in settings.items()
                      if before.get(name) != now]:
@@ -831,9 +851,9 @@ def write_summary(folder, task, runs, facts):
     runs = [runs[seed] for seed in sorted(runs)]
     best = folder / f"seed{max(runs, key=lambda run: selecting(task, run['metrics']))['seed']}"
     (folder / "predictions").mkdir(exist_ok=True)
-    files = [file for ending in ("tsv", "json") for file in (best / "predictions").glob(f"[!.]*.{ending}")]
-    for file in files:  # a desktop may have left files of its own, hidden or not
-        write_file(folder / "predictions" / file.name, file.read_bytes().decode())
+    for ours in (f"{task['name']}*.tsv", "[!.]*.json"):  # a desktop may have left files of its own
+        for file in (best / "predictions").glob(ours):
+            write_file(folder / "predictions" / file.name, file.read_bytes())
     write_file(folder / "best.pt", read_checkpoint(best / "best.pt"))
     results = {"task": task["name"]}
     for key, summary in (("metrics", np.median), ("minimum", min), ("maximum", max)):
@@ -885,8 +905,8 @@ def run_task(task, args, start, device, autocast):
            f"  {args.device}, {args.dtype}, processes {WORLD}; {len(train.examples):,} training sequences\n"
            f"  {', '.join(f'{key} {getattr(args, key):.4g}' for key in DECISIVE[:5])}")
     if "labels" in task:
-        labels = ", ".join(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
-        print0(f"  texts: {', '.join(task['texts'])}; labels: {labels:.200}")
+        labels = shown(task["labels"]) or f"numbers from {task['low']:g} to {task['high']:g}"
+        print0(f"  texts: {', '.join(task['texts'])}; labels: {labels}")
     settings = {key: getattr(args, key) for key in DECISIVE} | {"model": start.checksum, "data": digest}
     about = {"config": vars(start.config), "tokenizer": start.tokenizer.state(), "task": task,
              "settings": settings}  # of best.pt
@@ -894,7 +914,7 @@ def run_task(task, args, start, device, autocast):
              "init_from": args.init_from, "settings": settings}  # of results.json
     with lock(folder) if RANK == 0 else contextlib.nullcontext():
         require_same("checkpoint and data", [start.checksum, digest])
-        runs = gather_objects(finished_runs(folder, settings) if RANK == 0 else None)[0]
+        runs = gather_objects(finished_runs(folder, task, settings) if RANK == 0 else None)[0]
         for seed in range(args.seed, args.seed + args.seeds):
             if seed in runs:
                 print0(f"  seed {seed}  finished before  {show(runs[seed]['metrics'])}")
@@ -913,10 +933,12 @@ def run_task(task, args, start, device, autocast):
 
 def fine_tune_all(args, device, autocast):
     """The task, or all of GLUE, and at the end the line of JSON."""
-    start, names = open_start(args), [args.task]
+    start, names, average = open_start(args), [args.task], Path(args.out_dir, "GLUE", "results.json")
     if args.task == "GLUE":
         names = [name for name in PAPERS_EIGHT if Path(args.data_dir, name).exists()] or PAPERS_EIGHT
         print0(f"{len(names)} of the paper's eight tasks: {', '.join(names)}")
+        if average.exists() and b'"task": "GLUE"' not in average.read_bytes():
+            raise InputError(f"{average} is not ours: choose another --out_dir.")
     tasks = [find_task(name, args) for name in names]
     for task in tasks:  # a missing file is known now, not after hours of other tasks
         files_of(task, args.data_dir)
@@ -927,8 +949,8 @@ def fine_tune_all(args, device, autocast):
             scores = {task["name"]: selecting(task, each["metrics"]) for task, each in zip(tasks, results)}
             last = {"task": "GLUE", "seeds": min(each["seeds"] for each in results),
                     "metrics": {"average": float(np.mean(list(scores.values()))), **scores}}
-            Path(args.out_dir, "GLUE").mkdir(exist_ok=True)
-            write_file(Path(args.out_dir, "GLUE", "results.json"), json.dumps(last, indent=1) + "\n")
+            average.parent.mkdir(exist_ok=True)
+            write_file(average, json.dumps(last, indent=1) + "\n")
         print0(json.dumps(last))
 
 

@@ -664,7 +664,7 @@ class COCOLM(nn.Module):
         are sorted by length, so that a batch has little padding. Of [CLS], the SCL head and this mean, the
         mean was closest to human scores of similarity. [ours]
         """
-        if not isinstance(tokens, torch.Tensor):
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
             raise TypeError("embed takes token ids (B, T): model.embed(tokenizer.batch(texts))")
         vectors = torch.zeros(len(tokens), self.config.width, device=tokens.device)
         if not tokens.numel():

@@ -293,12 +293,12 @@ def catch_signals():
 
 
 def write_file(path, content, before=None):
-    """Writes a text, or torch.saves an object, completely or not at all. An older one becomes `before`."""
+    """Writes text or bytes, or torch.saves an object, completely or not at all. `before`: of an older one"""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
+            if isinstance(content, str | bytes):
+                file.write(content.encode() if isinstance(content, str) else content)
             else:
                 torch.save(content, file)
             file.flush()

@@ -499,6 +499,8 @@ def test_overwrite_never_deletes_a_users_files(corpus, tmp_path):
     (folder / "more" / "notes.md").write_text("a user's file")
     (folder / "other" / "tokenizer_state.json").unlink()
     (folder / "file").write_text("a user's file")
+    (folder / ".file~copy").mkdir()
+    (folder / ".file~copy" / "notes.md").write_text("a user's file")
     (folder / "link").symlink_to(corpus)
     before = listing(folder)
     for name in ("more", "other", "file", "link"):
@@ -548,6 +550,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, nam
         data.main()
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert [path for path in listing(tmp_path) if path != "out"] == ["in", f"in/{name}"]
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    with pytest.raises(SystemExit):
+        data.run_command(lambda: bytearray(2**62))
+    assert capsys.readouterr().err.endswith(": out of memory\n")
 
 
 @pytest.mark.parametrize("name, damage", [

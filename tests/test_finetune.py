@@ -278,14 +278,15 @@ def test_windows_hold_question_and_context_and_the_gold_spans_come_back(tokenize
 
 def test_misplaced_answers_are_left_out_of_training(tokenizer, tmp_path, capsys):
     golds = [[("river", 4)], [("river", 5)], [("stone", 4), ("stone", 18)], [("river", -19)],
-             [("river", None)], [("", 0)], [("river", 4.0)], [("river", 4)]]
+             [("river", None)], [("", 0)], [("river", 4.0)], [("river", 4)], [("river", 4)]]
     paragraphs = [paragraph("the river and the stone", g, str(i)) for i, g in enumerate(golds)]
-    paragraphs[7]["qas"][0]["is_impossible"] = True
+    paragraphs[7]["qas"][0]["is_impossible"], paragraphs[8]["qas"][0]["is_impossible"] = True, "true"
     kept = squad_set(tmp_path, tokenizer, 64, paragraphs, "train")
     spans = {kept.questions[example["question"]]["id"]: any(example["span"]) for example in kept.examples}
-    assert spans == {"0": True, "2": True, "6": True, "7": False} and kept.questions[-1]["golds"] == []
+    assert spans == {"0": True, "2": True, "6": True, "7": False, "8": False}
+    assert kept.questions[-1]["golds"] == []
     assert "4 questions were left out" in capsys.readouterr().out
-    assert len(squad_set(tmp_path, tokenizer, 64, paragraphs, "dev")) == 8
+    assert len(squad_set(tmp_path, tokenizer, 64, paragraphs, "dev")) == 9
 
 
 def slow_windows(length, room, stride):
@@ -705,8 +706,10 @@ def test_a_killed_run_keeps_its_seeds_and_a_second_run_is_refused(options, tmp_p
     # the summary is missing, as after a kill just before it; a desktop and a full disk left their traces
     (folder / "results.json").unlink()
     (folder / "seed0/result.json").write_text('{"seed": 0, "metr')
+    (folder / "seed1/result.json").write_text(json.dumps({"seed": 1, "settings": a["settings"]}))
     (folder / f"seed{best['seed']}/predictions/.DS_Store").write_bytes(b"\xff\x00")
     (folder / f"seed{best['seed']}/predictions/Thumbs.db").write_bytes(b"\xff\x00")
+    (folder / f"seed{best['seed']}/predictions/STS-B.old.tsv").write_bytes(b"\xff\x00")
     finetune.main([*options, f"--seeds={count}"])
     assert results(tmp_path, "STS-B") == a and not (folder / "predictions/.DS_Store").exists()
 
@@ -726,12 +729,16 @@ def test_results_of_other_settings_stay_as_they_are(options, tmp_path):
         finetune.main(options)
     assert (folder / "results.json").read_bytes() == before
 
-    for name in ("results.json", "best.pt"):  # of somebody else
-        (tmp_path / name / "SST-2").mkdir(parents=True)
-        (tmp_path / name / "SST-2" / name).write_text("mine")
-        with pytest.raises(data.InputError, match=f"holds {name}, but no finished seed"):
-            finetune.main([*options, f"--out_dir={tmp_path / name}"])
-        assert (tmp_path / name / "SST-2" / name).read_text() == "mine"
+    for task, name, message in (("SST-2", "results.json", "holds results.json, but no finished seed"),
+                                ("SST-2", "best.pt", "holds best.pt, but no finished seed"),
+                                ("SST-2", "predictions", "holds predictions, but no finished seed"),
+                                ("GLUE", "results.json", "GLUE/results.json is not ours")):
+        path = tmp_path / f"{task} {name}" / task / name  # of somebody else
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        with pytest.raises(data.InputError, match=message):
+            finetune.main([*options, f"--out_dir={path.parent.parent}", f"--task={task}"])
+        assert path.read_text() == "mine"
 
 
 def test_all_of_glue_that_is_there(options, tmp_path, capsys):
@@ -787,10 +794,14 @@ def test_two_processes_equal_one(options, tmp_path):
     ("", "mine/train.tsv", "text\tLabel\na\tx\n", "train.tsv needs a column \"label\" .*'Label'"),
     ("", "mine/dev.tsv", "text\tlabel\tlabel\na\tx\ty\n", "dev.tsv needs one column \"label\""),
     ("", "mine/test.tsv", "text\ttext\na\tb\n", "test.tsv needs one column \"text\""),
-    ("", "mine/train.tsv", "prediction\tlabel\na\tx\nb\ty\n", "\"prediction\": rename it"),
+    ("", "mine/train.tsv", "probability\tlabel\na\tx\nb\ty\n", "\"probability\": rename it"),
     ("", "mine/train.tsv", "nr\ttext\tlabel\n1\ta\tx\n2\tb\ty\n", '"nr" holds nothing but numbers.*index or'),
-    ("", "mine/train.tsv", "text\tlabel\na\t0\nb\t1\nc\t0.0\n", "labels '0' and '0.0'"),
-    ("", "mine/train.tsv", "text\tlabel\na\tpos\nb\tneg\nc\tpos\u200b\n", r"labels 'pos' and 'pos\\u200b'"),
+    ("", "mine/train.tsv", "text\tlabel\na\t0\nb\t1\nc\t0.0\n", "labels '0' in line 2 and '0.0' in line 4"),
+    ("", "mine/train.tsv", "text\tlabel\na\tpos\nb\tneg\nc\tpos\u200b\n", 
+     r"labels 'pos' in line 2 and 'pos\\u200b' in line 4"),
+    ("", "mine/train.tsv", "text\tlabel\na\té\nb\te\u0301\n", r"labels '\\xe9' in line 2 and 'e\\u0301' in"),
+    ("", "mine/dev.tsv", "text\tlabel\tn\tn\na\tx\ty\tz\n", "dev.tsv: each column needs its own name"),
+    ("", "mine/test.jsonl", '{"text": "a", "text": "b"}', "test.jsonl, line 1 .*a key twice"),
     ("--regression=True", "mine/train.tsv", "text\tlabel\na\t1\nb\t1_000\n", "line 3: .* not '1_000'"),
     ("", "mine/train.tsv", "a\ta\tlabel\nb\tb\tx\n", "train.tsv needs .* own name"),
     ("", "mine/train.tsv", "a\tb\tc\tlabel\nb\tb\tb\tx\n", "train.tsv needs .* one or two"),
@@ -827,7 +838,10 @@ def test_bad_input_is_one_sentence(options, tmp_path, arguments, file, content, 
 @pytest.mark.parametrize("change", [
     lambda state: state["task"].pop("texts"), lambda state: state["task"].pop("name"),
     lambda state: state["task"].update(labels="01"), lambda state: state["task"].update(label=3),
-    lambda state: state["task"].update(labels=[]), lambda state: state["settings"].pop("dropout"),
+    lambda state: state["task"].update(labels=[]), lambda state: state["settings"].update(dropout="x"),
+    lambda state: [state["task"].update(labels=[], low=0.0, high="x"), state["model"].update(
+        {name: state["model"][name][:1] for name in ("out.weight", "out.bias")})],
+    lambda state: state["settings"].pop("dropout"),
     lambda state: state["model"].popitem(), lambda state: state["config"].update(colour="red")])
 def test_a_damaged_fine_tuned_state(checkpoint, tmp_path, change):
     state, task = torch.load(checkpoint, weights_only=True), row_of("CoLA")
