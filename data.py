@@ -322,7 +322,10 @@ def lower(text):
 
 
 def count_words(chunk, share=1.0):
-    """How often each word of PATTERN occurs in a share of the pieces; those are the last to be in val.bin."""
+    """How often each word of PATTERN occurs in a share of the pieces.
+
+    It takes the highest fingerprints; validation has the lowest.
+    """
     chosen = (text for _, text in chunk if fingerprint(text) >= (1 - share) * 2**64)
     words = (word for text in chosen for word in regex.findall(PATTERN, text))
     # Text without spaces makes long words: they are counted in parts
