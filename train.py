@@ -569,6 +569,9 @@ def report(args, config, model, train, val, start, floors):
     print0(f"run         preset {args.preset}, steps {start:,} to {args.max_steps:,}, {epochs:,.1f} epochs, "
            f"to {args.out_dir}")
     print0(f"changed     {', '.join(changed) or 'nothing'}")
+    if args.device == "cuda" and args.preset == "tiny":
+        print0(f"warning: preset tiny is for a laptop; for this machine: torchrun --standalone --nproc_per_node="
+               f"{torch.cuda.device_count()} train.py --preset=base --dataset=NAME")
     if epochs > 100:
         print0(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
     return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": hardware, "dtype": args.dtype,
