@@ -546,7 +546,7 @@ def parallel_cumsum(x, dim):
 
 
 def test_sample_where_the_sum_is_parallel(monkeypatch):
-    """Rounding lifts the cdf at some tokens of probability zero; uniforms that hit just there find another."""
+    """Rounding lifts the cdf at tokens of probability zero; uniforms that hit just there find another."""
     logits = randn(4, 4096).masked_fill(randn(4, 4096, seed=1) > 0, -INF)
     cdf = parallel_cumsum(logits.softmax(-1), -1)
     row, before = ((cdf[:, 1:] > cdf[:, :-1]) & (logits[:, 1:] == -INF)).nonzero().T

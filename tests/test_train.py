@@ -355,8 +355,10 @@ def test_start_from_the_weights_of_another_run(options, finished, tmp_path):
         assert status == 2 and named in said and not (tmp_path / "x").exists()
 
 
-def test_one_look_at_the_device_a_step(options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_look_at_the_device_a_step(options, tmp_path, monkeypatch, dtype):
     """A step that is not logged moves one thing from the device to the host: its flags."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=1.0))
     looks, counts = [], []
     for name in ("tolist", "item", "__bool__", "__float__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -364,7 +366,7 @@ def test_one_look_at_the_device_a_step(options, tmp_path, monkeypatch):
     for steps in (3, 8):
         looks.clear()
         run(*options, f"--out_dir={tmp_path}/{steps}", f"--max_steps={steps}", "--log_interval=100",
-            "--eval_interval=100", "--checkpoint_interval=100")
+            "--eval_interval=100", "--checkpoint_interval=100", f"--dtype={dtype}")
         counts.append(len(looks))
     assert counts[1] - counts[0] == 5
 
@@ -395,9 +397,9 @@ def test_a_compiled_run_equals_an_eager_one(options, tmp_path, monkeypatch):
 def compile_and_count():
     """In a process of its own: compiles without a backend, and says at the end what was compiled."""
     torch.compile = functools.partial(torch.compile, backend="eager")
-    counters = torch._dynamo.utils.counters
-    multiprocessing.util.Finalize(None, lambda: print(
-        f"{counters['stats']['unique_graphs']} graphs, {len(counters['graph_break'])} breaks"), exitpriority=0)
+    count = torch._dynamo.utils.counters
+    multiprocessing.util.Finalize(None, exitpriority=0, callback=lambda: print(
+        f"{count['stats']['unique_graphs']} graphs, {len(count['graph_break'])} breaks"))
 
 
 def test_processes_that_compile(options, tmp_path):
