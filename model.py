@@ -383,11 +383,15 @@ def sample(logits, uniforms):
 
         probabilities .2 .0 .5 .3  ->  cdf .2 .2 .7 1.  ->  uniform .1 gives 0, .2 and .69 give 2, .7 gives 3
 
-    right=True never gives a token of probability zero; without its last column the cdf never gives V.
+    right=True never gives a token of probability zero; without its last column the cdf never gives V. A sum
+    in parallel, as on GPUs, can round the cdf up at a token of probability zero: then the likeliest is taken.
     """
-    cdf = logits.float().softmax(-1).cumsum(-1)
+    probabilities = logits.float().softmax(-1)
+    cdf = probabilities.cumsum(-1)
     thresholds = uniforms[..., None] * cdf[..., -1:]
-    return torch.searchsorted(cdf[..., :-1].contiguous(), thresholds, right=True)[..., 0]
+    token = torch.searchsorted(cdf[..., :-1].contiguous(), thresholds, right=True)  # (..., 1)
+    possible = probabilities.gather(-1, token) > 0
+    return torch.where(possible, token, probabilities.argmax(-1, keepdim=True))[..., 0]
 
 
 def mlm_loss(logits, targets):

@@ -492,7 +492,7 @@ def forward_backward(ddp, upcoming, step, args, device, autocast, scaler, logged
 def agree(loss, norm, received):
     """One reduction a step: is the loss finite everywhere, the largest norm, did anyone get a stop signal?
 
-    The one wait for the device in a step; float16's scaler has another.
+    The one wait for the device in a step.
     """
     signalled = torch.full_like(norm, received[0][0] if received else 0)
     flags = torch.stack([1 - loss.isfinite().float(), norm, signalled])
@@ -579,6 +579,9 @@ def report(args, config, model, train, val, start, floors):
     print0(f"run         preset {args.preset}, steps {start:,} to {args.max_steps:,}, {epochs:,.1f} epochs, "
            f"to {args.out_dir}")
     print0(f"changed     {', '.join(changed) or 'nothing'}")
+    if args.device == "cuda" and args.preset == "tiny":
+        print0(f"warning: preset tiny is for a laptop; for this machine: torchrun --standalone "
+               f"--nproc_per_node={torch.cuda.device_count()} train.py --preset=base --dataset=NAME")
     if epochs > 100:
         print0(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
     return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": hardware, "dtype": args.dtype,

@@ -1,15 +1,18 @@
-"""Measures the speed of a training step and of data preparation on the CPU.
+"""Measures the speed of a training step, and on the CPU of data preparation.
 
     python tests/benchmark.py                                 about ten minutes on two cores
+    python tests/benchmark.py --device=cuda                   presets small and base; under four minutes
     python tests/benchmark.py --preset=base --against=electra --text=False
     pip install transformers coco-lm-pytorch x-transformers   other implementations; a missing one is left out
 
 Our step is compared with that of other implementations, and with itself without each of the optimizations for
 the CPU. A step is forward, backward and AdamW (fused) on random tokens; all models have the same width, depth
 and dropout. Two processes, ours and the other one, take a step in turn, so that a machine whose speed changes
-favours neither. Each ratio is of the steps that these two took.
+favours neither. Each ratio is of the steps that these two took. On a GPU the steps are taken one after the
+other, in one process.
 """
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -36,7 +39,8 @@ import data  # noqa: E402
 import model as coco  # noqa: E402
 import train  # noqa: E402
 
-preset: Literal["tiny", "small", "base"] = "small"  # sizes of the models
+device: Literal["cpu", "cuda"] = "cpu"
+preset: Literal["tiny", "small", "base"] = "small"  # sizes of the models; a GPU has small and base
 steps: int = 5  # that are timed, after those that warm up
 dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast, for all
 against: str = "electra,coco-lm-pytorch,memory,dropout,attention"  # others, and what ours is to do without
@@ -45,6 +49,7 @@ text: bool = True  # False: leave data preparation out
 
 # sequences, tokens, entries of the vocabulary
 SIZES = {"tiny": (16, 128, 8192), "small": (32, 128, 32768), "base": (4, 512, 32768)}
+GPU_SIZES = {"small": (32, 512, 32768), "base": (32, 512, 32768)}
 
 # ------------------------------------------------------------------------------------------------------------
 # Contestants. Each builds its model and returns a function that computes one step's loss, and the parameters
@@ -55,24 +60,28 @@ def config_of(preset):
     return coco.Config.from_preset(preset, vocab_size=V, max_len=T, dropout=0.1)
 
 
-def ours(preset, without=""):
+def ours(preset, without="", device="cpu", compiled=False):
     (B, T, V), c = SIZES[preset], config_of(preset)
     if without == "dropout":  # without our own, that is
         coco.drop = F.dropout
     if without == "attention":
         coco.attention = F.scaled_dot_product_attention
-    model = coco.COCOLM(c).train()
+    if without == "bias":
+        coco.attention = lambda q, k, v, bias, p: F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    model = coco.COCOLM(c).to(device).train()
+    if compiled:
+        model.compile(dynamic=False)
 
     def loss():
-        tokens = torch.randint(0, V - 4, (B, T))
-        masked = torch.rand(B, T - 1).argsort(1)[:, : c.masked].sort(1).values + 1
-        batch = {"tokens": tokens, "masked": masked, "uniforms": torch.rand(B, c.masked),
+        tokens = torch.randint(0, V - 4, (B, T), device=device)
+        masked = torch.rand(B, T - 1, device=device).argsort(1)[:, : c.masked].sort(1).values + 1
+        batch = {"tokens": tokens, "masked": masked, "uniforms": torch.rand(B, c.masked, device=device),
                  "crop": tokens[:, : c.crop_len + 1].contiguous()}
         return model(batch)[0]["loss"]
     return loss, list(model.parameters())
 
 
-def electra(preset):
+def electra(preset, device="cpu"):
     """transformers' ELECTRA, its generator as wide as ours. No crop, no correction, logits at every token."""
     from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
     (B, T, V), c = SIZES[preset], config_of(preset)
@@ -87,10 +96,11 @@ def electra(preset):
     main = ElectraForPreTraining(config(c.layers)).train()
     generator.electra.embeddings = main.electra.embeddings
     generator.generator_lm_head.weight = main.electra.embeddings.word_embeddings.weight
+    generator.to(device), main.to(device)
 
     def loss():
-        tokens = torch.randint(0, V - 4, (B, T))
-        masked = torch.rand(B, T).argsort(1) < c.masked
+        tokens = torch.randint(0, V - 4, (B, T), device=device)
+        masked = torch.rand(B, T, device=device).argsort(1) < c.masked
         labels = tokens.masked_fill(~masked, -100)
         first = generator(input_ids=tokens.masked_fill(masked, V - 1), labels=labels)
         with torch.no_grad():
@@ -125,6 +135,20 @@ WITHOUT = {"memory": "memory given back", "dropout": "torch's dropout", "attenti
 # The steps
 
 
+def make_step(loss, parameters, dtype):
+    """A function that takes a whole training step."""
+    optimizer, device = torch.optim.AdamW(parameters, lr=1e-5, fused=True), parameters[0].device.type
+
+    def step():
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
 def contestant(pipe, build, arguments, dtype, keep):
     """A process that takes a step whenever it is asked to.
 
@@ -137,17 +161,7 @@ def contestant(pipe, build, arguments, dtype, keep):
         loss, parameters = build(*arguments)
     except Exception as error:  # not installed, or another version
         return pipe.send((0, f"{type(error).__name__}: {error}"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-
-    def step():
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    before, step = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, make_step(loss, parameters, dtype)
     with FlopCounterMode(display=False) as counter:
         step()
     step()
@@ -208,6 +222,58 @@ def steps_table(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The steps on a GPU
+
+
+def seconds_on_gpu(work, times, warm_up=3):
+    """The mean of several, after some that warm up: between two events, so that nothing waits in between."""
+    for _ in range(warm_up):
+        work()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.reset_peak_memory_stats()
+    start.record()
+    for _ in range(times):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000 / times
+
+
+def gpu_table(args, sizes=GPU_SIZES):
+    """A row for each contestant. FLOPs are those of model.py's `flops`, of others those that torch counts."""
+    SIZES.update(sizes)
+    dtype, fused = getattr(torch, args.dtype), coco.attention
+    a, b = torch.randn(2, args.product, args.product, device=args.device, dtype=dtype)
+    product = 2 * args.product**3 / seconds_on_gpu(lambda: a @ b, 20) / 1e12
+    print(f"\nA product of two {args.product} x {args.product} matrices: {product:,.0f} TFLOP/s\n\n"
+          f"| | sequences/s | TFLOP/s | share of the product's | peak memory, GB |\n|---|---|---|---|---|")
+    builds = {"ours, compiled": lambda p: ours(p, device=args.device, compiled=True),
+              "ours": lambda p: ours(p, device=args.device),
+              "ours without relative positions in attention": lambda p: ours(p, "bias", args.device),
+              "electra of transformers": lambda p: electra(p, args.device)}
+    for preset, name in ((preset, name) for preset in sizes for name in builds):
+        loss = parameters = step = None  # frees those of the row before
+        gc.collect()
+        coco.attention, (B, T, _) = fused, SIZES[preset]
+        try:
+            torch.manual_seed(0)
+            loss, parameters = builds[name](preset)
+            step, total = make_step(loss, parameters, dtype), B * coco.flops(config_of(preset))
+            if name.startswith("electra"):
+                with FlopCounterMode(display=False) as counter:
+                    step()
+                total = counter.get_total_flops()
+            seconds = seconds_on_gpu(step, args.steps)
+        except Exception as error:  # not installed, no memory: the other rows are of use as well
+            print(f"| {preset}, {B} x {T}: {name} | {type(error).__name__}: {error} ||||"[:300], flush=True)
+            continue
+        rate, memory = total / seconds / 1e12, torch.cuda.max_memory_allocated() / 1e9
+        print(f"| {preset}, {B} x {T}: {name} | {B / seconds:,.0f} | {rate:.0f} | {rate / product:.2f} "
+              f"| {memory:.1f} |", flush=True)
+    coco.attention = fused
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Data preparation
 
 
@@ -244,9 +310,13 @@ def text_table(args):
 
 def main():
     args = data.Parser(__doc__, sys.modules[__name__]).parse_args()
-    hardware = SimpleNamespace(device="cpu", dtype=args.dtype)
+    hardware = SimpleNamespace(device=args.device, dtype=args.dtype)
     train.choose_hardware(hardware)
-    args.dtype = hardware.dtype
+    args.dtype, args.product = hardware.dtype, 8192
+    if args.device == "cuda":
+        print(f"{time.strftime('%Y-%m-%d')}, {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+              f"{args.dtype}", flush=True)
+        return gpu_table(args)
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())  # Linux
     print(f"{time.strftime('%Y-%m-%d')}, {names[0] if names else platform.machine()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}", flush=True)

@@ -49,7 +49,8 @@ seeds: int = 3  # pretraining seeds of the main rows: 1, 2, ...
 only: str = ""  # run only rows whose file's name contains this
 dataset: str = "wiki_books"  # the corpus data_dir/dataset
 data_dir: str = "data"  # folder of all corpora
-glue_dir: str = "data/glue"  # folder of CoLA/, SST-2/, ...
+glue_dir: str = "data/glue"  # folder of CoLA/, SST-2/, ...; none: only pretrain
+setup: str = ""  # options of train.py for all rows, in place of SETUP's
 work_dir: str = "out/study"  # checkpoints and outputs of the rows
 results_dir: str = str(ASSETS / "study")  # the rows' results
 
@@ -118,7 +119,7 @@ def train_options(row, args):
     changes = row["options"].format(layers=c["layers"], narrow=narrow, deeper=c["auxiliary_layers"] + 1)
     return [f"--preset={args.preset}", f"--dataset={args.dataset}", f"--seed={row['seed']}",
             f"--max_steps={row['steps']}", f"--warmup_steps={row['steps'] // 10}", f"--eval_interval={every}",
-            *SETUP.get(args.preset, "").split(), *changes.split()]
+            *(args.setup or SETUP.get(args.preset, "")).split(), *changes.split()]
 
 
 def processor():
@@ -189,6 +190,8 @@ def run_row(row, args):
     tasks = {"small": {}, "efficiency": {COMPUTE_SCORE: 2}}.get(row["part"], dict.fromkeys(TWICE, 2))
     if row["part"] == "main" and row["seed"] == 1:
         tasks |= dict.fromkeys(ONCE, 1)
+    if args.glue_dir == "none":
+        tasks = {}
     if row["name"] == "bag of words":
         tokenizer, tasks = Tokenizer.load(Path(args.data_dir, args.dataset)), {}
         vectors = {"bag": lambda texts: bag_vectors(tokenizer, texts)}
@@ -196,7 +199,7 @@ def run_row(row, args):
         result |= pretrain(row, folder, args)
         if result["failed"]:
             tasks = {}
-        elif row["part"] in ("main", "plateau", "ablations"):
+        elif args.glue_dir != "none" and row["part"] in ("main", "plateau", "ablations"):
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model, tokenizer = load_checkpoint(folder / "ckpt.pt", device)
             vectors = {"[CLS]": lambda texts: cls_vectors(model, tokenizer, texts, device),
@@ -229,7 +232,9 @@ def run(args):
         if result and (result["options"] != options or not before.items() >= text.items()):
             raise InputError(f"{args.results_dir}: {file_name(row)}.json is not of this text and "
                              f"{' '.join(options)}: choose another --results_dir.")
-    missing = [row for row in rows if file_name(row) not in results and args.only in file_name(row)]
+    names = [file_name(row) for row in rows]
+    wanted = [args.only] if args.only in names else [name for name in names if args.only in name]
+    missing = [row for row in rows if file_name(row) in wanted and file_name(row) not in results]
     jobs = [row for row in missing if began_on.get(row["seed"], here) == here]
     tell(f"{here}: {len(results)} rows are finished, {len(jobs)} to run, "
          f"{len(missing) - len(jobs)} wait for the processor on which their seed began")

@@ -1,5 +1,8 @@
 """tests/benchmark.py compares like with like: without an optimization, ours computes the same."""
 
+import time
+from types import SimpleNamespace
+
 import benchmark
 import torch
 
@@ -27,3 +30,28 @@ def test_torchs_dropout_drops_as_much_as_ours(monkeypatch):
     for function in (own, model.drop):
         kept = function(torch.ones(100_000), 0.1)
         assert abs(kept.mean() - 1) < 0.01 and abs((kept == 0).float().mean() - 0.1) < 0.01
+
+
+def test_the_table_of_a_gpu(monkeypatch, capsys):
+    """Its rows, on the CPU: events that read the clock stand in for those of CUDA."""
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, other):
+            return 1000 * (other.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1e9)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(benchmark, "SIZES", {})
+    attention = model.attention
+    args = SimpleNamespace(device="cpu", dtype="float32", steps=1, product=64)
+    benchmark.gpu_table(args, {"tiny": (2, 32, 64)})
+    table = capsys.readouterr().out
+    assert table.count("| tiny, 2 x 32: ") == 4 and table.count(" | 1.0 |") >= 3, table
+    assert model.attention is attention

@@ -538,6 +538,24 @@ def test_sample_at_the_edges(possible):
     assert coco.sample(logits, torch.ones(50)).max() < 30_000  # 1 is not a uniform number in [0, 1)
 
 
+def parallel_cumsum(x, dim):
+    """The sums that a GPU's threads compute together: element i adds i - 1, then i - 2, i - 4, ..."""
+    for step in (2**k for k in range(x.shape[dim].bit_length())):
+        x = torch.cat([x[..., :step], x[..., step:] + x[..., :-step]], dim=dim)
+    return x
+
+
+def test_sample_where_the_sum_is_parallel(monkeypatch):
+    """Rounding lifts the cdf at tokens of probability zero; uniforms that hit just there find another."""
+    logits = randn(4, 4096).masked_fill(randn(4, 4096, seed=1) > 0, -INF)
+    cdf = parallel_cumsum(logits.softmax(-1), -1)
+    row, before = ((cdf[:, 1:] > cdf[:, :-1]) & (logits[:, 1:] == -INF)).nonzero().T
+    assert len(row) > 100
+    uniforms = (cdf[row, before] + cdf[row, before + 1]) / 2 / cdf[row, -1]
+    monkeypatch.setattr(torch.Tensor, "cumsum", parallel_cumsum)
+    assert logits[row, coco.sample(logits[row], uniforms)].isfinite().all()
+
+
 @pytest.mark.parametrize("function, slow, names", [
     (coco.mlm_loss, slow_cross_entropy, "logits targets"),
     (coco.copy_loss, slow_copy, "copy_logits same"),

@@ -18,7 +18,7 @@ def record(name, seed, steps, score, flops=100, part="main"):
 
 
 def test_train_takes_the_options_of_all_rows():
-    args = SimpleNamespace(preset="base", steps=40, seeds=3, dataset="toy")
+    args = SimpleNamespace(preset="base", steps=40, seeds=3, dataset="toy", setup="")
     rows = [row for row in study.plan(args) if row["steps"]]
     configs = {}
     for row in rows:
@@ -104,8 +104,8 @@ def test_a_row_is_run_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "ONCE", ())
     monkeypatch.setattr(study, "plan", lambda args: [row])
     row = {"part": "ablations", "name": "frozen auxiliary", "options": "--corruption=frozen", "seed": 1, "steps": 1}
-    args = SimpleNamespace(preset="tiny", steps=40, seeds=1, only="", dataset="toy", data_dir=tmp_path,
-                           glue_dir=tmp_path, work_dir=tmp_path / "work", results_dir=tmp_path / "results")
+    args = SimpleNamespace(preset="tiny", steps=40, seeds=1, only="", setup="", dataset="toy",
+                           data_dir=tmp_path, glue_dir=tmp_path, work_dir=tmp_path / "work", results_dir=tmp_path / "results")
     study.run(args)
     [file] = (tmp_path / "results" / "tiny").iterdir()
     result = json.loads(file.read_bytes())

@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import math
+import multiprocessing.util
 import os
 import random
 import re
@@ -354,8 +355,10 @@ def test_start_from_the_weights_of_another_run(options, finished, tmp_path):
         assert status == 2 and named in said and not (tmp_path / "x").exists()
 
 
-def test_one_look_at_the_device_a_step(options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_look_at_the_device_a_step(options, tmp_path, monkeypatch, dtype):
     """A step that is not logged moves one thing from the device to the host: its flags."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=1.0))
     looks, counts = [], []
     for name in ("tolist", "item", "__bool__", "__float__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -363,7 +366,7 @@ def test_one_look_at_the_device_a_step(options, tmp_path, monkeypatch):
     for steps in (3, 8):
         looks.clear()
         run(*options, f"--out_dir={tmp_path}/{steps}", f"--max_steps={steps}", "--log_interval=100",
-            "--eval_interval=100", "--checkpoint_interval=100")
+            "--eval_interval=100", "--checkpoint_interval=100", f"--dtype={dtype}")
         counts.append(len(looks))
     assert counts[1] - counts[0] == 5
 
@@ -389,6 +392,33 @@ def test_a_compiled_run_equals_an_eager_one(options, tmp_path, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
     assert_close(tmp_path / "eager", tmp_path / "compiled", tolerance=1e-5)
+
+
+def compile_and_count():
+    """In a process of its own: compiles without a backend, and says at the end what was compiled."""
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    count = torch._dynamo.utils.counters
+    multiprocessing.util.Finalize(None, exitpriority=0, callback=lambda: print(
+        f"{count['stats']['unique_graphs']} graphs, {len(count['graph_break'])} breaks"))
+
+
+def test_processes_that_compile(options, tmp_path):
+    """`gather` and the backward pass of DistributedDataParallel are in the graphs, and break none."""
+    both = start(*options, "--micro_batch_size=3", "--log_interval=2", "--recompute=True", "--layers=2",
+                 f"--out_dir={tmp_path}", "--compile=True", processes=2, before=compile_and_count)
+    statuses, said = finish(both, 180)
+    assert statuses == [0, 0] and said.count("2 graphs, 0 breaks") == 2, said
+
+
+def test_preset_tiny_on_a_machine_with_gpus(options, tmp_path, monkeypatch):
+    report = train.report
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(train, "report", lambda args, *rest: report(
+        argparse.Namespace(**vars(args) | {"device": "cuda"}), *rest))
+    said = run(*options, f"--out_dir={tmp_path}", "--max_steps=1")
+    line = next(line for line in said.splitlines() if "laptop" in line)
+    assert "torchrun --standalone --nproc_per_node=8 train.py --preset=base" in line
 
 
 def test_accumulation_equals_one_big_batch(options, tmp_path):
