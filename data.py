@@ -157,11 +157,13 @@ def in_parallel(function, items, workers):
         yield from map(function, items)
         return
     pool, pending = ProcessPoolExecutor(workers, get_context("spawn"), start_worker), deque()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it
     script = sys.modules["__main__"]
     sys.modules["__main__"] = sys.modules[__name__]  # a worker imports this, and not a script without a guard
     try:
         for _ in range(workers):
             pool.submit(int)  # starts a worker
+        signal.signal(signal.SIGINT, handler)
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 3 * workers:

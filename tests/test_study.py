@@ -84,6 +84,8 @@ def test_draw_gives_the_same_csvs(tmp_path, monkeypatch):
     drawn = []
     for again in range(2):
         monkeypatch.setattr(study, "ASSETS", tmp_path / str(again))
+        if again:
+            monkeypatch.setattr(study, "draw_figures", lambda values: None)  # only the CSVs are compared
         study.draw(SimpleNamespace(results_dir=tmp_path / "records", preset="tiny", steps=40, seeds=3))
         drawn.append({file.name: file.read_bytes() for file in (tmp_path / str(again)).glob("*.csv")})
     assert drawn[0] == drawn[1]
