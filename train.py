@@ -11,6 +11,7 @@ else in the constants below. The command line overrides them all.
 
 import contextlib
 import ctypes
+import glob
 import json
 import math
 import os
@@ -294,6 +295,8 @@ def catch_signals():
 
 def write_file(path, content, before=None):
     """Writes text or bytes, or torch.saves an object, completely or not at all. `before`: of an older one"""
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        unfinished.unlink(missing_ok=True)  # of a process that was killed
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -378,13 +381,11 @@ def changes_since(before, settings):
 
 
 def clean_folder(out, start, resumed_from):
-    """Removes unfinished files, and of a run that is replaced its checkpoints; keeps a damaged checkpoint."""
+    """Keeps a damaged checkpoint. Removes the checkpoints of a run that is replaced."""
     if resumed_from == out / "ckpt.prev.pt" and (out / "ckpt.pt").exists():
         os.replace(out / "ckpt.pt", out / "ckpt.damaged")  # or the next save would make it ckpt.prev.pt
-    checkpoint = r"ckpt(\.prev|\.\d+)?\.pt"
-    for file in out.iterdir():
-        unfinished = re.fullmatch(rf"\.({checkpoint}|log\.jsonl)\.\d+\.partial", file.name)
-        if unfinished or start == 0 and re.fullmatch(checkpoint, file.name):
+    for file in out.iterdir() if start == 0 else ():
+        if re.fullmatch(r"ckpt(\.prev|\.\d+)?\.pt", file.name):
             file.unlink()
 
 
