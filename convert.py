@@ -319,23 +319,35 @@ def read(path):
     return file, safetensors.torch.load_file(file)
 
 
+def is_export(folder):
+    """Whether a folder holds an export alone, and Hugging Face's tools have not saved a model there since."""
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    ours = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Normalize/config.json"}
+    return {"README.md", "config.json"} <= files <= ours and (
+        b"nanoCOCO's convert.py" in (folder / "README.md").read_bytes()
+        and b"transformers_version" not in (folder / "config.json").read_bytes())
+
+
 def write_folder(folder, files):
-    """Writes a folder, completely or not at all."""
+    """Writes a folder, completely or not at all. An older export is replaced."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         for name, content in files.items():
             file = Path(scratch, "new", name)
             file.parent.mkdir(parents=True, exist_ok=True)
             as_bytes = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
             file.write_bytes(as_bytes)
+        if folder.exists():
+            os.rename(folder, Path(scratch, "old"))
         os.rename(Path(scratch, "new"), folder)
 
 
 def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="a release, or a checkpoint")
-    parser.add_argument("target", type=Path, help="the file or folder to write; it must not exist")
+    parser.add_argument("target", type=Path, help="the file or folder to write")
     source, target = vars(parser.parse_args(argv)).values()
-    if target.exists():
+    if target.exists() and not (target.is_dir() and is_export(target)):
         raise InputError(f"{target} exists: choose another name, or remove it.")
     try:
         file, saved = read(source)

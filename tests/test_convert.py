@@ -686,11 +686,16 @@ def test_the_model_card(tmp_path, hf, finetuned):
 
 
 def test_what_cannot_be_exported(tmp_path, hf, monkeypatch, command):
-    """An existing target stays; what is missing or does not fit is a sentence; nothing is left behind."""
+    """A folder with files of others stays; what is missing or does not fit is a sentence; nothing is left."""
     _, _, folder = exported(tmp_path)
+    assert command(convert.main, tmp_path / "ckpt.pt", folder)[0] == 0  # replaces the export
     before = sorted(tmp_path.rglob("*"))
-    status, said = command(convert.main, tmp_path / "ckpt.pt", folder)
-    assert status == 2 and "exists" in said
+    for change in (lambda: hf.AutoModel.from_pretrained(folder).save_pretrained(folder),
+                   lambda: (folder / "notes.txt").write_text("mine")):
+        change()
+        status, said = command(convert.main, tmp_path / "ckpt.pt", folder)
+        assert status == 2 and "exists" in said
+    (folder / "notes.txt").unlink()
     saved = data.read_torch(tmp_path / "ckpt.pt")
     for change in (dict(width=20), dict(none=1), dict(heads="many")):
         torch.save(saved | {"config": saved["config"] | change}, tmp_path / "ckpt.pt")
