@@ -81,7 +81,7 @@ def read_option(name, kind, may_be_empty, text):
             return os.path.expanduser(text)  # ~ is the home folder
     elif kind in (int, float):
         low, high = LIMITS.get(name, (0, math.inf))
-        wanted = f"{kind.__name__} from {low} to {high}"
+        wanted = f"a {'whole number' if kind is int else 'number'} from {low} to {high}"
         with contextlib.suppress(ValueError):
             if "_" not in text and low <= kind(text) <= high and math.isfinite(kind(text)):
                 return kind(text)
