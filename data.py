@@ -356,7 +356,7 @@ def train_bpe(words, size):
 
     Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. A word
     is spelled as a text whose characters are token ids. It is split at the pair; only the ends of its parts
-    get new neighbours, so a step costs as much as there are places of the pair, however long the words are.
+    get new neighbours, so as many pairs are counted again as there are places of the pair.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     spelled = [word.encode().decode("latin-1") for word in words]  # byte 65 is chr(65)

@@ -717,8 +717,8 @@ def load_finetuned(path, device="cpu"):
             names += task["texts"] + task["labels"] + [task["label"]]
         "".join(names)  # raises TypeError if one is no text
         sum(task[end] for end in ("low", "high") if task.get("labels") == [])  # the same for a number
-        nn.Dropout(saved["settings"]["dropout"])  # and ValueError if it is no share
-        model = Model(task, Config(**saved["config"]), saved["settings"]["dropout"])
+        config = Config(**saved["config"] | {"dropout": saved["settings"]["dropout"]})
+        model = Model(task, config, config.dropout)
         model.load_state_dict(saved["model"])
         tokenizer.max_len = int(saved["settings"]["max_len"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

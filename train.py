@@ -375,9 +375,12 @@ def find_checkpoint(args, settings):
 
 
 def changes_since(before, settings):
-    """The settings that differ from those of an earlier run. What it does not know counts as its default."""
+    """name -> (value then, value now) of the settings that differ from those of an earlier run.
+
+    A setting that it does not know counts as its default.
+    """
     before = usual_settings(settings["preset"]) | before
-    return {name: value for name, value in settings.items() if before.get(name) != value}
+    return {name: (before.get(name), now) for name, now in settings.items() if before.get(name) != now}
 
 
 def clean_folder(out, start, resumed_from):
@@ -391,20 +394,19 @@ def clean_folder(out, start, resumed_from):
 
 def restore(checkpoint, path, model, optimizer, scaler, settings):
     """Puts a run's checkpoint into model, optimizer and scaler -> the settings that have changed since."""
-    before = usual_settings(settings["preset"]) | checkpoint["settings"]
     changes = changes_since(checkpoint["settings"], settings)
     if fixed := changes.keys() - MAY_CHANGE:
-        again = [f"--{name}={before[name]}" for name in sorted(fixed - {"text"})]
+        again = [f"--{name}={changes[name][0]}" for name in sorted(fixed - {"text"})]
         raise InputError(f"{path} was made with other settings. To resume it give "
                          f"{' '.join(again) or 'the same text: the checksums of the corpus differ'}.")
     if settings["contrastive"] and "negatives" in changes:
-        print0(f"warning: {changes['negatives']} negatives for each sequence vector, "
-               f"not {before['negatives']}")
+        then, now = changes["negatives"]
+        print0(f"warning: {now} negatives for each sequence vector, not {then}")
     model.load_state_dict(checkpoint["model"])
     # restore Adam's moments only; keep our own parameter groups
     optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} of a run that was not float16
-    return changes
+    return {name: now for name, (_, now) in changes.items()}
 
 
 def take_weights(model, path, tokenizer, part=""):
