@@ -7,10 +7,12 @@
           |  main Transformer
           +--> copy head: at every token, is this token the original one?
           +--> LM head: at the masked positions, which token was it?
-          +--> [CLS] vector, contrasted with the [CLS] vector of
+          +--> [CLS] vector, contrasted with the [CLS] vector of X^crop
     X^crop           [CLS] sat on the ...                 a random contiguous 90 % of X, through the main too
 
-Read from the top; in a hurry, read the equations and COCOLM.forward. Files and processes are train.py's.
+Corrective language modelling (CLM) is the copy head and the LM head together: finding the replaced tokens is
+the easier task, is learned at every token, and helps to learn the harder one, what stood there [paper]. The
+[CLS] vectors are for sequence contrastive learning (SCL). In a hurry, read the equations and COCOLM.forward.
 
 Sources of the facts, as the docstrings cite them:
   [paper]  Meng et al., "COCO-LM: Correcting and Contrasting Text Sequences for Language Model Pretraining",
@@ -19,8 +21,8 @@ Sources of the facts, as the docstrings cite them:
   [loss]   the loss skeleton that the first author published in issue 2 of that repository
   [ours]   a decision of this project
 
-Shapes: B sequences, T tokens, K masked positions a sequence, H heads, d = head width, D width, V vocabulary,
-N sequences of all processes together.
+Shapes: B sequences, T tokens, K masked positions of each sequence, H heads, d = head width, D width,
+V vocabulary, N sequences of all processes together.
 """
 
 import math
@@ -38,15 +40,15 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Config:
-    """All that decides what the model is and what it learns; stored in every checkpoint.
+    """What the model is and what it learns; stored in every checkpoint. The default sizes are those of base.
 
-    Without a preset, the sizes are those of base. A value that its type or RANGES does not allow raises
-    ValueError, and so does an ablation that has no effect beside another one.
+    A value that its type or RANGES does not allow raises ValueError, and so does an ablation that would have
+    no effect beside the others.
     """
 
     vocab_size: int
-    pad_id: int = None   # default: the fourth token from the end, as in data.py's tokenizers
-    mask_id: int = None  # default: the last token
+    pad_id: int = None   # default: vocab_size - 4, as in data.py's tokenizers
+    mask_id: int = None  # default: vocab_size - 1
 
     # Sizes [paper, model]; a preset changes some of them
     max_len: int = 512         # tokens in a sequence, [CLS] included
@@ -58,17 +60,17 @@ class Config:
     dropout: float = 0.1       # on embeddings, attention and sub-layer outputs
     relative_bins: int = 32    # entries of the relative-position table
     max_distance: int = 128    # tokens; all distances beyond share the last bin
-    relative_init: Literal["normal", "local"] = "normal"  # start of the relative-position table
+    relative_init: Literal["normal", "local"] = "normal"  # start of that table; local is below
 
     # The objective
     mask_fraction: float = 0.15   # masked share of the tokens after [CLS] [paper]
     crop: float = 0.9             # length of the crop, share of the tokens after [CLS] [paper]
     temperature: float = 1.0      # of the contrastive softmax [paper, loss]
-    lambda_copy: float = 50.0     # weight of the copy loss [paper, model]
+    lambda_copy: float = 50.0     # weight of the copy loss, as in ELECTRA [paper, model]
     lambda_scl: float = 1.0       # weight of the contrastive loss [paper, model]
 
     # Ablations
-    token_task: Literal["clm", "rtd", "all_token_mlm", "mlm"] = "clm"  # rtd: detect only; mlm: BERT's task
+    token_task: Literal["clm", "rtd", "all_token_mlm", "mlm"] = "clm"  # rtd: copy head alone; mlm: BERT's
     lm_loss: Literal["mixture", "weighted"] = "mixture"  # mixture [paper] | weighted [loss]
     copy_mechanism: bool = True    # False: plain cross-entropy at the masked positions, beside the copy loss
     stop_gradient: bool = True     # False: the LM loss trains the copy head, too
@@ -77,7 +79,7 @@ class Config:
     relative_positions: bool = True  # False: absolute positions only
     corruption: Literal["auxiliary", "random", "frozen"] = "auxiliary"  # frozen: the auxiliary does not learn
     auxiliary_width: int = 0       # 0: as wide as the main Transformer
-    auxiliary_dropout: float = 0.0  # above 0: samples from a second pass, without dropout
+    auxiliary_dropout: float = 0.0  # above 0: tokens are sampled in a second pass without it
 
     def __post_init__(self):
         if self.pad_id is None:
@@ -93,8 +95,8 @@ class Config:
         return cls(**{**PRESETS[preset], **changes})
 
     @property
-    def masked(self):
-        """Masked positions of every sequence: all shapes are static, a mean over passes is exact. [ours]"""
+    def mask_count(self):
+        """Masked positions of a sequence, K. All have the same, so means over batches are exact. [ours]"""
         return round(self.mask_fraction * (self.max_len - 1))
 
     @property
@@ -118,46 +120,6 @@ PRESETS = {  # what differs from Config's sizes, which are those of base
     "large++": dict(layers=24, width=1024, heads=16, ffn_width=4096, auxiliary_layers=6, relative_bins=128,
                     max_distance=256),  # [paper, model]
 }
-
-
-RANGES = {  # a number is finite and not negative; these have a tighter range, both ends included
-    **dict.fromkeys(("layers", "width", "heads", "ffn_width", "auxiliary_layers"), (1, 2**22)),
-    "vocab_size": (8, 2**31 - 1), "max_len": (8, 2**20), "relative_bins": (8, 4096),
-    "max_distance": (4, 2**20), "dropout": (0, 0.9), "auxiliary_dropout": (0, 0.9), "crop": (0.01, 1),
-    "mask_fraction": (0.01, 0.4), "temperature": (1e-3, math.inf),
-}
-
-
-def check_config(c):
-    """Raises ValueError if a value is not allowed, or if two do not go together."""
-    for field in fields(c):
-        value, choices = getattr(c, field.name), get_args(field.type)
-        if choices and value not in choices:
-            raise ValueError(f"{field.name}={value!r} has to be one of {', '.join(map(str, choices))}.")
-        kind = {bool: bool, int: int, float: (int, float), str: str}.get(field.type, object)
-        if not isinstance(value, kind):
-            raise ValueError(f"{field.name}={value!r} has to be of type {field.type.__name__}.")
-        low, high = RANGES.get(field.name, (0, math.inf))
-        if field.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(f"{field.name}={value} has to be finite and from {low} to {high}.")
-    mixes = c.token_task == "clm" and c.copy_mechanism  # (all_token_mlm always mixes, with gradient)
-    for name, has_effect in {"corruption": c.token_task != "mlm", "copy_mechanism": c.token_task == "clm",
-                             "lm_loss": mixes, "stop_gradient": mixes,
-                             "auxiliary_dropout": c.has_auxiliary and c.corruption != "frozen"}.items():
-        if not has_effect and getattr(c, name) != getattr(Config, name):
-            raise ValueError(f"{name}={getattr(c, name)} has no effect with token_task={c.token_task}, "
-                             f"copy_mechanism={c.copy_mechanism}, corruption={c.corruption}.")
-    for wrong, problem in (
-        (c.pad_id >= c.vocab_size, f"pad_id={c.pad_id} is not in the vocabulary"),
-        (c.mask_id >= c.vocab_size, f"mask_id={c.mask_id} is not in the vocabulary"),
-        (c.width % c.heads, f"width={c.width} is not a multiple of heads={c.heads}"),
-        (c.auxiliary_width > c.width, f"auxiliary_width={c.auxiliary_width} is above width={c.width}"),
-        (c.relative_bins % 4, f"relative_bins={c.relative_bins} is not a multiple of 4"),
-        (c.max_distance <= c.relative_bins // 4 + 1, f"max_distance={c.max_distance} is too small"),
-        (not c.masked or not c.crop_len, f"max_len={c.max_len} is too short to mask and to crop"),
-    ):
-        if wrong:
-            raise ValueError(problem + ".")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,9 +146,9 @@ def relative_position_bucket(distance, bins, max_distance):
 def local_relative_table(bins, heads, max_distance):
     """A start for the relative-position table, (bins, heads), from which small models learn. [ours, measured]
 
-    Of every four heads one looks left, one right, one around and one everywhere: the nearest token has the
-    logit 0, each further one less. From normal(0, 0.02) all hidden states of a small model become equal, and
-    it never learns more than how frequent each token is.
+    Of every four heads one looks left, one right, one around and one everywhere: in the direction of a head
+    the nearest token has the logit 0, and logits fall with the distance. From normal(0, 0.02) all hidden
+    states of a small model become equal, and it never learns more than how frequent each token is.
     """
     distance = torch.arange(-max_distance, max_distance + 1)
     bucket = relative_position_bucket(distance, bins, max_distance)
@@ -201,7 +163,7 @@ def local_relative_table(bins, heads, max_distance):
 def drop(x, dropout):
     """Dropout: zeros with this probability, and the rest scaled so that the mean stays.
 
-    On the CPU torch's own costs as much as the matrix product before it. There the mask is made of random
+    On the CPU F.dropout takes as long as the matrix product before it. There the mask is made of random
     bytes, eight from one draw, so the probability is a multiple of 1/256: 0.1 is 26/256 = 0.1016.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not dropout:
@@ -216,7 +178,7 @@ def attention(q, k, v, bias, dropout):
     """softmax(q k^T / sqrt(d) + bias) v, with q (B, H, Q, d), k and v (B, H, T, d), bias (B, H, Q, T).
 
     CUDA's fused kernels take the bias, in the type of q, and the dropout; the bias may be (1, H, Q, W), with
-    W > T. On the CPU both send scaled_dot_product_attention to its slow path, so there it is written out.
+    W > T. On the CPU a bias or dropout makes scaled_dot_product_attention slow, so it is written out there.
     """
     if q.device.type != "cpu":
         bias = bias[..., : k.shape[2]]
@@ -228,7 +190,7 @@ def attention(q, k, v, bias, dropout):
 
 
 def at_positions(x, positions):
-    """What stands at positions (B, K) of x (B, T, D): (B, K, D)"""
+    """x (B, T, D) at positions (B, K): (B, K, D)"""
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -238,7 +200,7 @@ class Layer(nn.Module):
     def __init__(self, width, heads, ffn_width):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)  # rows: all of q, then k, then v
+        self.qkv = nn.Linear(width, 3 * width)  # rows: all of q, then k, then v, as in the releases
         self.attention_out = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps=1e-5)
         self.ffn_in = nn.Linear(width, ffn_width)
@@ -250,7 +212,7 @@ class Layer(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         if positions is not None:  # queries of a few positions; keys and values of all
             q, x = at_positions(q, positions), at_positions(x, positions)  # (B, K, D)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, d)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T or K, d)
         y = attention(q, k, v, bias, dropout).transpose(1, 2).flatten(2)  # (B, T, D)
         x = self.attention_norm(x + drop(self.attention_out(y), dropout))
         y = self.ffn_out(F.gelu(self.ffn_in(x)))
@@ -260,7 +222,7 @@ class Layer(nn.Module):
 class Embeddings(nn.Module):
     """Token + learned absolute position embedding, then LayerNorm [model]. Both Transformers share one.
 
-    The authors' auxiliary without dropout shares the token embedding alone; here it always shares all. [ours]
+    The authors' auxiliary without dropout shares only the token embedding; here it shares all. [ours]
     """
 
     def __init__(self, config):
@@ -280,7 +242,7 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """A stack of layers on the embeddings; both the main and the auxiliary Transformer are one."""
 
-    recompute = False  # True: keep the layers' inputs alone, and compute the rest once more for the gradient
+    recompute = False  # True: keep only the layers' inputs, and compute the rest again for the gradient
 
     def __init__(self, config, embeddings, layers, width, dropout):
         super().__init__()
@@ -292,7 +254,7 @@ class Encoder(nn.Module):
         ffn_width = round(config.ffn_width * scale)
         self.layers = nn.ModuleList(Layer(width, heads, ffn_width) for _ in range(layers))
         self.heads, self.relative = heads, None
-        self.columns = config.max_len + 8 - config.max_len % 8  # W
+        self.columns = config.max_len + 8 - config.max_len % 8  # W: see bias
         if config.relative_positions:
             self.relative = nn.Embedding(config.relative_bins, heads)  # one table for all layers
             place = torch.arange(self.columns)
@@ -305,8 +267,7 @@ class Encoder(nn.Module):
 
         With padding (B, T) it is (B, H, T, W), -inf at padding keys. CUDA's fused kernels want it in the type
         that attention computes in, and its rows at multiples of 8 elements; otherwise they copy it in every
-        layer. So W is such a multiple, above any T (torch.export sees one case); the columns behind T are not
-        used.
+        layer. So W is such a multiple. It is above any T; the columns behind T are not used.
         """
         T = tokens.shape[1]
         if self.relative is None:
@@ -395,13 +356,13 @@ def sample(logits, uniforms):
 
 
 def mlm_loss(logits, targets):
-    """-log p(x_i) at each masked position. [paper]  (..., V), (...) -> (...)"""
+    """-log p(x_i) at each masked position, for L_MLM and within L_LM. [paper]  (..., V), (...) -> (...)"""
     losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
     return losses.view(targets.shape)
 
 
 def copy_loss(copy_logits, same):
-    """Binary cross-entropy of p_copy = sigmoid(w.h + c) with 1[x^MLM_i = x_i] at each token [paper, model]"""
+    """Binary cross-entropy of p_copy = sigmoid(w.h + b) with 1[x^MLM_i = x_i] at each token [paper, model]"""
     return F.binary_cross_entropy_with_logits(copy_logits.float(), same.float(), reduction="none")
 
 
@@ -440,7 +401,199 @@ def scl_loss(cosine, temperature):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Statistics that tell whether it works. Each is (sum, count), so that batches and processes add up.
+# COCO-LM
+
+
+class COCOLM(nn.Module):
+    """The auxiliary and the main Transformer with their heads. Only what the configuration uses is built.
+
+    >>> model = COCOLM(Config.from_preset("tiny", vocab_size=8192))
+    >>> hidden = model.main(tokens)               # (B, T) -> (B, T, D)
+    >>> vectors = model.embed(tokens)             # (B, T) -> (B, D), of length 1
+    >>> losses, outputs = model(batch)            # of pretraining
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        embeddings = Embeddings(c)
+        self.main = Encoder(c, embeddings, c.layers, c.width, c.dropout)
+        if c.has_auxiliary:
+            self.auxiliary = Auxiliary(c, Embeddings(c) if c.corruption == "frozen" else embeddings)
+        if c.token_task != "mlm":
+            self.copy_head = nn.Linear(c.width, 1)
+        if c.token_task != "rtd":
+            self.lm_bias = nn.Parameter(torch.zeros(c.vocab_size))  # LM head: tied embedding + bias
+        if c.contrastive:
+            self.scl_head = Transform(c.width)
+        self.apply(self.initialize)
+        if c.corruption == "frozen":
+            self.auxiliary.requires_grad_(False)
+
+    def initialize(self, module):
+        """normal(0, 0.02) for every linear and embedding weight, zero biases, zero padding row. [model]"""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx].detach())
+        c = self.config
+        if isinstance(module, Encoder) and module.relative is not None and c.relative_init == "local":
+            table = local_relative_table(c.relative_bins, module.heads, c.max_distance)
+            module.relative.weight.data.add_(table)  # apply() has visited the table before: it has the noise
+
+    def copy_logits(self, hidden):
+        """The copy head: the logit of p_copy.  (B, T, D) -> (B, T), float32"""
+        return self.copy_head(hidden)[..., 0].float()
+
+    def lm_logits(self, hidden):
+        """The LM head: E h + b.  (..., D) -> (..., V)"""
+        return F.linear(hidden, self.main.embeddings.tokens.weight, self.lm_bias)
+
+    def corrupt(self, tokens, masked, uniforms):
+        """X^MLM: the original text, with what the auxiliary samples at the masked positions. [paper]
+
+        -> X^MLM (B, T); L_MLM (), the auxiliary's loss; its best guesses (B, K)
+        """
+        c = self.config
+        masked_tokens = tokens.scatter(1, masked, c.mask_id)  # (B, T)
+        hidden = self.auxiliary(masked_tokens, padding=False, positions=masked)  # (B, K, D)
+        logits = self.auxiliary.logits(hidden)  # (B, K, V)
+        loss = mlm_loss(logits, tokens.gather(1, masked)).mean()
+        with torch.no_grad():  # no gradient flows back through the choice of a token
+            if self.training and c.auxiliary_dropout > 0:  # an ablation: samples without dropout
+                hidden = self.auxiliary(masked_tokens, padding=False, positions=masked, dropout=0.0)
+                logits = self.auxiliary.logits(hidden)
+            sampled = sample(logits, uniforms)  # (B, K)
+        return tokens.scatter(1, masked, sampled), loss, logits.detach().argmax(-1)
+
+    def corrective_lm_loss(self, lm_logits, copy_logits, originals, same):
+        """L_LM at the masked positions. stop_gradient: it does not train the copy head. [paper]  -> ()"""
+        c = self.config
+        if c.stop_gradient:
+            copy_logits = copy_logits.detach()
+        if c.copy_mechanism and c.lm_loss == "mixture":
+            losses = lm_loss_mixture(lm_logits, copy_logits, originals, same)
+        elif c.copy_mechanism:
+            losses = lm_loss_weighted(lm_logits, copy_logits, originals)
+        else:
+            losses = mlm_loss(lm_logits, originals)
+        return losses.mean()
+
+    def forward(self, batch, gather=None):
+        """The losses of pretraining on a batch [paper], which is a dict of
+
+            tokens    (B, T)  the original text, [CLS] first; packed, so there is no padding
+            masked    (B, K)  positions that are masked
+            uniforms  (B, K)  in [0, 1): the randomness of the auxiliary's sampling
+            crop      (B, C)  [CLS] and a contiguous part of the original
+
+        gather: a function from this process' sequence vectors (2, B, D) to those of all processes, (2, N, D).
+        -> losses: `loss`, which is trained, and its terms `mlm_loss`, `copy_loss`, `lm_loss`, `scl_loss`: ().
+           outputs, without gradient: `corrupted` and `copy_logits` (B, T); the best guesses `mlm_tokens` and
+           `lm_tokens` (B, K); `pooled` (B, D), the mean hidden states; `scl_vectors` (2, N, D).
+        """
+        if not isinstance(batch, dict):
+            raise TypeError("a batch is a dict; for token ids call model.embed or model.main")
+        c, losses, outputs = self.config, {}, {}
+        tokens, masked, uniforms = batch["tokens"], batch["masked"], batch["uniforms"]
+
+        # the auxiliary Transformer corrupts the text
+        if c.has_auxiliary:
+            corrupted, losses["mlm_loss"], outputs["mlm_tokens"] = self.corrupt(tokens, masked, uniforms)
+        else:
+            corrupted = self.corrupt_without_auxiliary(tokens, masked, uniforms)
+
+        # the main Transformer reads the corrupted text
+        hidden = self.main(corrupted, padding=False)  # (B, T, D)
+
+        # corrective language modelling: is a token the original one, and which was it at a masked position?
+        if c.token_task == "clm":
+            same, originals = corrupted == tokens, tokens.gather(1, masked)  # (B, T), (B, K)
+            copy_logits = self.copy_logits(hidden)  # (B, T)
+            losses["copy_loss"] = copy_loss(copy_logits, same).mean()
+            lm_logits = self.lm_logits(at_positions(hidden, masked))  # (B, K, V)
+            losses["lm_loss"] = self.corrective_lm_loss(lm_logits, copy_logits.gather(1, masked), originals,
+                                                        same.gather(1, masked))
+        else:
+            copy_logits, lm_logits = self.other_token_task(hidden, corrupted, tokens, masked, losses)
+
+        # sequence contrastive learning: of the crop, the main Transformer computes only [CLS]
+        if c.contrastive:
+            first = masked.new_zeros(len(masked), 1)  # (B, 1): the position of [CLS]
+            crop_hidden = self.main(batch["crop"], padding=False, positions=first)  # (B, 1, D)
+            vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])]).float()
+            if gather is not None and c.gather_negatives:
+                vectors = gather(vectors)  # (2, N, D)
+            losses["scl_loss"] = scl_loss(cosines(*vectors), c.temperature)
+            outputs["scl_vectors"] = vectors.detach()
+
+        weights = {"mlm_loss": 0.0 if c.corruption == "frozen" else 1.0, "copy_loss": c.lambda_copy,
+                   "lm_loss": 1.0, "scl_loss": c.lambda_scl}
+        losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
+
+        outputs |= {"corrupted": corrupted, "pooled": hidden.detach().float().mean(1)}
+        if copy_logits is not None:
+            outputs["copy_logits"] = copy_logits.detach()
+        if lm_logits is not None:
+            outputs["lm_tokens"] = lm_logits.detach().argmax(-1)
+        return losses, outputs
+
+    # ablations [paper], and plain MLM
+
+    def corrupt_without_auxiliary(self, tokens, masked, uniforms):
+        """The masked text X' for plain MLM, or random tokens at the masked positions.  -> (B, T)"""
+        c = self.config
+        if c.token_task == "mlm":
+            return tokens.scatter(1, masked, c.mask_id)
+        return tokens.scatter(1, masked, (uniforms * c.vocab_size).long())
+
+    def other_token_task(self, hidden, corrupted, tokens, masked, losses):
+        """In place of corrective language modelling: ELECTRA's task, BERT's, or all-token MLM.
+
+        Adds to the losses -> copy_logits (B, T), lm_logits (B, K, V); None without that head
+        """
+        copy_logits = lm_logits = None
+        same = corrupted == tokens  # (B, T)
+        if self.config.token_task == "rtd":  # replaced token detection
+            copy_logits = self.copy_logits(hidden)
+            losses["copy_loss"] = copy_loss(copy_logits, same).mean()
+        elif self.config.token_task == "mlm":
+            lm_logits = self.lm_logits(at_positions(hidden, masked))
+            losses["lm_loss"] = mlm_loss(lm_logits, tokens.gather(1, masked)).mean()
+        else:  # all-token MLM: the mixture at every token, whose one loss trains both heads
+            copy_logits, lm_logits = self.copy_logits(hidden), self.lm_logits(hidden)  # (B, T), (B, T, V)
+            losses["lm_loss"] = lm_loss_mixture(lm_logits, copy_logits, tokens, same).mean()
+            lm_logits = at_positions(lm_logits.detach(), masked)  # (B, K, V)
+        return copy_logits, lm_logits
+
+    @torch.no_grad()
+    def embed(self, tokens, batch_size=64):
+        """Vectors of texts: the mean of all hidden states of the main Transformer, scaled to length 1.
+
+        tokens (B, T), padded -> (B, D), float32, on the same device. A row of only padding gives zeros. Rows
+        are sorted by length, so that a batch has little padding. Of [CLS], the SCL head and this mean, the
+        mean was closest to human scores of similarity. [ours]
+        """
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
+            raise TypeError("embed takes token ids (B, T): model.embed(tokenizer.batch(texts))")
+        vectors = torch.zeros(len(tokens), self.config.width, device=tokens.device)
+        if not tokens.numel():
+            return vectors
+        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)  # (T,)
+        lengths = ((tokens != self.config.pad_id) * place).amax(1).clamp(min=1)  # (B,)
+        for chosen in lengths.argsort().split(batch_size):
+            part = tokens[chosen, : lengths[chosen].max()].to(self.main.embeddings.tokens.weight.device)
+            hidden = self.main(part, dropout=0.0).float()  # (b, T, D)
+            counted = (part != self.config.pad_id)[..., None]  # (b, T, 1)
+            vectors[chosen] = F.normalize((hidden * counted).sum(1), dim=-1).to(vectors.device)
+        return vectors
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Statistics that tell whether it works. Each is (sum, count), so that batches and processes add up. (copy_auc
+# needs all logits of a validation at once, and is in train.py.)
 
 
 def sum_and_count(values, where=None):
@@ -485,7 +638,8 @@ def statistics(batch, outputs, gather=None):
         replaced = ~same.gather(1, batch["masked"])  # (B, K)
         found["lm_accuracy_replaced"] = sum_and_count(outputs["lm_tokens"] == originals, replaced)
     pooled = outputs["pooled"] if gather is None else gather(outputs["pooled"])  # (N, D)
-    unit, N = F.normalize(pooled, dim=-1), len(pooled)  # |sum of them|^2 = N + the cosines of all pairs
+    unit, N = F.normalize(pooled, dim=-1), len(pooled)
+    # the cosines of all pairs of different sequences add up to |sum of the unit vectors|^2 - N
     found["mean_cosine"] = torch.stack([unit.sum(0).square().sum() - N, unit.new_tensor(N * (N - 1.0))])
     if "scl_vectors" in outputs:
         found.update(scl_statistics(cosines(*outputs["scl_vectors"])))
@@ -493,202 +647,15 @@ def statistics(batch, outputs, gather=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# COCO-LM
-
-
-class COCOLM(nn.Module):
-    """The auxiliary and the main Transformer with their heads. Only what the configuration uses is built.
-
-    >>> model = COCOLM(Config.from_preset("tiny", vocab_size=8192))
-    >>> hidden = model.main(tokens)               # (B, T) -> (B, T, D)
-    >>> vectors = model.embed(tokens)             # (B, T) -> (B, D), of length 1
-    >>> losses, outputs = model(batch)            # one pretraining step
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = c = config
-        embeddings = Embeddings(c)
-        self.main = Encoder(c, embeddings, c.layers, c.width, c.dropout)
-        if c.has_auxiliary:
-            self.auxiliary = Auxiliary(c, Embeddings(c) if c.corruption == "frozen" else embeddings)
-        if c.token_task != "mlm":
-            self.copy_head = nn.Linear(c.width, 1)
-        if c.token_task != "rtd":
-            self.lm_bias = nn.Parameter(torch.zeros(c.vocab_size))  # LM head: tied embedding + bias
-        if c.contrastive:
-            self.scl_head = Transform(c.width)
-        self.apply(self.initialize)
-        if c.corruption == "frozen":
-            self.auxiliary.requires_grad_(False)
-
-    def initialize(self, module):
-        """normal(0, 0.02) for every linear and embedding weight, zero biases, zero padding row. [model]"""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx].detach())
-        c = self.config
-        if isinstance(module, Encoder) and module.relative is not None and c.relative_init == "local":
-            table = local_relative_table(c.relative_bins, module.heads, c.max_distance)
-            module.relative.weight.data.add_(table)  # children come first: the small noise is there already
-
-    def copy_logits(self, hidden):
-        """The copy head: the logit of p_copy.  (B, T, D) -> (B, T), float32"""
-        return self.copy_head(hidden)[..., 0].float()
-
-    def lm_logits(self, hidden):
-        """The LM head: E h + b.  (..., D) -> (..., V)"""
-        return F.linear(hidden, self.main.embeddings.tokens.weight, self.lm_bias)
-
-    def corrupt(self, tokens, masked, uniforms):
-        """X^MLM: at the masked positions of the original text stands what the auxiliary samples. [paper]
-
-        -> X^MLM (B, T); L_MLM (); the auxiliary's best guesses (B, K)
-        """
-        c = self.config
-        masked_tokens = tokens.scatter(1, masked, c.mask_id)  # (B, T)
-        hidden = self.auxiliary(masked_tokens, padding=False, positions=masked)  # (B, K, D)
-        logits = self.auxiliary.logits(hidden)  # (B, K, V)
-        loss = mlm_loss(logits, tokens.gather(1, masked)).mean()
-        with torch.no_grad():  # no gradient flows back through the choice of a token
-            if self.training and c.auxiliary_dropout > 0:  # an ablation: samples without dropout
-                hidden = self.auxiliary(masked_tokens, padding=False, positions=masked, dropout=0.0)
-                logits = self.auxiliary.logits(hidden)
-            sampled = sample(logits, uniforms)  # (B, K)
-        return tokens.scatter(1, masked, sampled), loss, logits.detach().argmax(-1)
-
-    def corrective_lm_loss(self, lm_logits, copy_logits, originals, same):
-        """L_LM [paper] at the masked positions. stop_gradient: it does not train the copy head.  -> ()"""
-        c = self.config
-        if c.stop_gradient:
-            copy_logits = copy_logits.detach()
-        if c.copy_mechanism and c.lm_loss == "mixture":
-            losses = lm_loss_mixture(lm_logits, copy_logits, originals, same)
-        elif c.copy_mechanism:
-            losses = lm_loss_weighted(lm_logits, copy_logits, originals)
-        else:
-            losses = mlm_loss(lm_logits, originals)
-        return losses.mean()
-
-    def forward(self, batch, gather=None):
-        """The losses of one pretraining step. [paper] A batch is
-
-            tokens    (B, T)  the original text, [CLS] first; packed, so there is no padding
-            masked    (B, K)  positions that are masked
-            uniforms  (B, K)  in [0, 1): the randomness of the auxiliary's sampling
-            crop      (B, C)  [CLS] and a contiguous part of the original
-
-        gather: a function from a process' sequence vectors (2, B, D) to those of all processes, (2, N, D).
-        -> losses: `loss`, which is trained, and its terms `mlm_loss`, `copy_loss`, `lm_loss`, `scl_loss`: ().
-           outputs, without gradient: `corrupted` and `copy_logits` (B, T); the best guesses `mlm_tokens` and
-           `lm_tokens` (B, K); `pooled` (B, D), the mean hidden states; `scl_vectors` (2, N, D).
-        """
-        if not isinstance(batch, dict):
-            raise TypeError("a batch is a dict; for token ids call model.embed or model.main")
-        c, losses, outputs = self.config, {}, {}
-        tokens, masked, uniforms = batch["tokens"], batch["masked"], batch["uniforms"]
-
-        # the auxiliary Transformer corrupts the text
-        if c.has_auxiliary:
-            corrupted, losses["mlm_loss"], outputs["mlm_tokens"] = self.corrupt(tokens, masked, uniforms)
-        else:
-            corrupted = self.corrupt_without_auxiliary(tokens, masked, uniforms)
-
-        # the main Transformer reads the corrupted text
-        hidden = self.main(corrupted, padding=False)  # (B, T, D)
-
-        # corrective language modelling: is a token the original one, and which was it at a masked position?
-        if c.token_task == "clm":
-            same, originals = corrupted == tokens, tokens.gather(1, masked)  # (B, T), (B, K)
-            copy_logits = self.copy_logits(hidden)  # (B, T)
-            losses["copy_loss"] = copy_loss(copy_logits, same).mean()
-            lm_logits = self.lm_logits(at_positions(hidden, masked))  # (B, K, V)
-            losses["lm_loss"] = self.corrective_lm_loss(lm_logits, copy_logits.gather(1, masked), originals,
-                                                        same.gather(1, masked))
-        else:
-            copy_logits, lm_logits = self.other_token_task(hidden, corrupted, tokens, masked, losses)
-
-        # sequence contrastive learning: the crop goes through the main Transformer, for its [CLS] alone
-        if c.contrastive:
-            first = masked.new_zeros(len(masked), 1)  # (B, 1): the position of [CLS]
-            crop_hidden = self.main(batch["crop"], padding=False, positions=first)  # (B, 1, D)
-            vectors = torch.stack([self.scl_head(hidden[:, 0]), self.scl_head(crop_hidden[:, 0])]).float()
-            if gather is not None and c.gather_negatives:
-                vectors = gather(vectors)  # (2, N, D)
-            losses["scl_loss"] = scl_loss(cosines(*vectors), c.temperature)
-            outputs["scl_vectors"] = vectors.detach()
-
-        weights = {"mlm_loss": 0.0 if c.corruption == "frozen" else 1.0, "copy_loss": c.lambda_copy,
-                   "lm_loss": 1.0, "scl_loss": c.lambda_scl}
-        losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
-
-        outputs |= {"corrupted": corrupted, "pooled": hidden.detach().float().mean(1)}
-        if copy_logits is not None:
-            outputs["copy_logits"] = copy_logits.detach()
-        if lm_logits is not None:
-            outputs["lm_tokens"] = lm_logits.detach().argmax(-1)
-        return losses, outputs
-
-    # ablations [paper]
-
-    def corrupt_without_auxiliary(self, tokens, masked, uniforms):
-        """The masked text X' for plain MLM, or random tokens at the masked positions.  -> (B, T)"""
-        c = self.config
-        if c.token_task == "mlm":
-            return tokens.scatter(1, masked, c.mask_id)
-        return tokens.scatter(1, masked, (uniforms * c.vocab_size).long())
-
-    def other_token_task(self, hidden, corrupted, tokens, masked, losses):
-        """In place of corrective language modelling: ELECTRA's task, BERT's, or all-token MLM.
-
-        Adds to the losses -> copy_logits (B, T), lm_logits (B, K, V); None without that head
-        """
-        copy_logits = lm_logits = None
-        same = corrupted == tokens  # (B, T)
-        if self.config.token_task == "rtd":  # replaced token detection
-            copy_logits = self.copy_logits(hidden)
-            losses["copy_loss"] = copy_loss(copy_logits, same).mean()
-        elif self.config.token_task == "mlm":
-            lm_logits = self.lm_logits(at_positions(hidden, masked))
-            losses["lm_loss"] = mlm_loss(lm_logits, tokens.gather(1, masked)).mean()
-        else:  # all-token MLM: the mixture at every token, whose one loss trains both heads
-            copy_logits, lm_logits = self.copy_logits(hidden), self.lm_logits(hidden)  # (B, T), (B, T, V)
-            losses["lm_loss"] = lm_loss_mixture(lm_logits, copy_logits, tokens, same).mean()
-            lm_logits = at_positions(lm_logits.detach(), masked)  # (B, K, V)
-        return copy_logits, lm_logits
-
-    @torch.no_grad()
-    def embed(self, tokens, batch_size=64):
-        """Vectors of texts: the mean of the main Transformer's hidden states, scaled to length 1.
-
-        tokens (B, T), padded -> (B, D), float32, on the same device. A row of padding alone gives zeros. Rows
-        are sorted by length, so that a batch has little padding. Of [CLS], the SCL head and this mean, the
-        mean was closest to human scores of similarity. [ours]
-        """
-        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
-            raise TypeError("embed takes token ids (B, T): model.embed(tokenizer.batch(texts))")
-        vectors = torch.zeros(len(tokens), self.config.width, device=tokens.device)
-        if not tokens.numel():
-            return vectors
-        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)  # (T,)
-        lengths = ((tokens != self.config.pad_id) * place).amax(1).clamp(min=1)  # (B,)
-        for chosen in lengths.argsort().split(batch_size):
-            part = tokens[chosen, : lengths[chosen].max()].to(self.main.embeddings.tokens.weight.device)
-            hidden = self.main(part, dropout=0.0).float()  # (b, T, D)
-            counted = (part != self.config.pad_id)[..., None]  # (b, T, 1)
-            vectors[chosen] = F.normalize((hidden * counted).sum(1), dim=-1).to(vectors.device)
-        return vectors
+# The compute of a sequence, and what a configuration may hold
 
 
 def flops(c):
     """Floating-point operations of training on one sequence: all matrix products of both Transformers, of the
     crop's pass and of the heads, forward and backward. The 2N x 2N cosines are left out.
 
-    Nothing is counted for recomputing, and the last layer, behind q, k and v, only where it is read. A
-    product of (n, k) and (k, m) is 2 n k m operations; the backward pass takes twice the forward's.
+    Nothing is counted for recomputing, and of the last layer, after q, k and v, only the positions that are
+    used. A product of (n, k) and (k, m) is 2 n k m operations; the backward pass takes twice the forward's.
 
     >>> flops(Config.from_preset("base", vocab_size=32768)) / 1e9     # of 512 tokens: 636.0
     """
@@ -699,7 +666,7 @@ def flops(c):
         narrow = width * c.width if width != c.width else 0
         return T * (narrow + layers * qkv) + ((layers - 1) * T + read) * rest
 
-    T, K, A, vocabulary = c.max_len, c.masked, c.auxiliary_width, c.width * c.vocab_size
+    T, K, A, vocabulary = c.max_len, c.mask_count, c.auxiliary_width, c.width * c.vocab_size
     forward = encoder(c.layers, c.width, T, T)
     if c.token_task != "mlm":
         forward += T * c.width  # the copy head
@@ -713,3 +680,43 @@ def flops(c):
         auxiliary = encoder(c.auxiliary_layers, A, T, K) + K * head
         passes = 1 if c.corruption == "frozen" else 4 if c.auxiliary_dropout else 3
     return 2 * (3 * forward + passes * auxiliary)  # 3: a forward and, as two, a backward pass
+
+
+RANGES = {  # of numbers, both ends included; all others are finite and not negative
+    **dict.fromkeys(("layers", "width", "heads", "ffn_width", "auxiliary_layers"), (1, 2**22)),
+    "vocab_size": (8, 2**31 - 1), "max_len": (8, 2**20), "relative_bins": (8, 4096),
+    "max_distance": (4, 2**20), "dropout": (0, 0.9), "auxiliary_dropout": (0, 0.9), "crop": (0.01, 1),
+    "mask_fraction": (0.01, 0.4), "temperature": (1e-3, math.inf),
+}
+
+
+def check_config(c):
+    """Raises ValueError if a value is not allowed, or if two do not go together."""
+    for field in fields(c):
+        value, choices = getattr(c, field.name), get_args(field.type)
+        if choices and value not in choices:
+            raise ValueError(f"{field.name}={value!r} has to be one of {', '.join(map(str, choices))}.")
+        kind = {bool: bool, int: int, float: (int, float), str: str}.get(field.type, object)
+        if not isinstance(value, kind):
+            raise ValueError(f"{field.name}={value!r} has to be of type {field.type.__name__}.")
+        low, high = RANGES.get(field.name, (0, math.inf))
+        if field.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{field.name}={value} has to be finite and from {low} to {high}.")
+    mixes = c.token_task == "clm" and c.copy_mechanism  # (all_token_mlm always mixes, with gradient)
+    for name, has_effect in {"corruption": c.token_task != "mlm", "copy_mechanism": c.token_task == "clm",
+                             "lm_loss": mixes, "stop_gradient": mixes,
+                             "auxiliary_dropout": c.has_auxiliary and c.corruption != "frozen"}.items():
+        if not has_effect and getattr(c, name) != getattr(Config, name):
+            raise ValueError(f"{name}={getattr(c, name)} has no effect with token_task={c.token_task}, "
+                             f"copy_mechanism={c.copy_mechanism}, corruption={c.corruption}.")
+    for wrong, problem in (
+        (c.pad_id >= c.vocab_size, f"pad_id={c.pad_id} is not in the vocabulary"),
+        (c.mask_id >= c.vocab_size, f"mask_id={c.mask_id} is not in the vocabulary"),
+        (c.width % c.heads, f"width={c.width} is not a multiple of heads={c.heads}"),
+        (c.auxiliary_width > c.width, f"auxiliary_width={c.auxiliary_width} is above width={c.width}"),
+        (c.relative_bins % 4, f"relative_bins={c.relative_bins} is not a multiple of 4"),
+        (c.max_distance <= c.relative_bins // 4 + 1, f"max_distance={c.max_distance} is too small"),
+        (not c.mask_count or not c.crop_len, f"max_len={c.max_len} is too short to mask and to crop"),
+    ):
+        if wrong:
+            raise ValueError(problem + ".")

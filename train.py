@@ -702,7 +702,7 @@ def open_text(args):
         raise InputError(f"there is no {folder}; make it: python data.py PATH --name={args.dataset}")
     tokenizer = Tokenizer.load(folder)
     c = make_config(args, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, mask_id=tokenizer.mask_id)
-    train, val = (Sequences(folder, split, c.max_len, c.masked, c.crop_len, seed)
+    train, val = (Sequences(folder, split, c.max_len, c.mask_count, c.crop_len, seed)
                   for split, seed in (("train", args.seed), ("val", 0)))  # the same validation for all seeds
     for split, least in ((train, args.batch_size), (val, WORLD * args.micro_batch_size)):
         if len(split) < least:

@@ -74,8 +74,8 @@ def ours(preset, without="", device="cpu", compiled=False):
 
     def loss():
         tokens = torch.randint(0, V - 4, (B, T), device=device)
-        masked = torch.rand(B, T - 1, device=device).argsort(1)[:, : c.masked].sort(1).values + 1
-        batch = {"tokens": tokens, "masked": masked, "uniforms": torch.rand(B, c.masked, device=device),
+        masked = torch.rand(B, T - 1, device=device).argsort(1)[:, : c.mask_count].sort(1).values + 1
+        batch = {"tokens": tokens, "masked": masked, "uniforms": torch.rand(B, c.mask_count, device=device),
                  "crop": tokens[:, : c.crop_len + 1].contiguous()}
         return model(batch)[0]["loss"]
     return loss, list(model.parameters())
@@ -100,7 +100,7 @@ def electra(preset, device="cpu"):
 
     def loss():
         tokens = torch.randint(0, V - 4, (B, T), device=device)
-        masked = torch.rand(B, T, device=device).argsort(1) < c.masked
+        masked = torch.rand(B, T, device=device).argsort(1) < c.mask_count
         labels = tokens.masked_fill(~masked, -100)
         first = generator(input_ids=tokens.masked_fill(masked, V - 1), labels=labels)
         with torch.no_grad():

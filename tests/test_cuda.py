@@ -197,7 +197,7 @@ def largest_peak(c, B, recompute, parameters):
     their gradients and Adam's moments are 16 bytes each, autocast's copies 2. The gradient of the bias is
     (B, H, T, W) in 16 bits, twice for a while. What torch counted on `meta` tensors was below all of this.
     """
-    layer, T, K, V = 38 * B * c.width, c.max_len, c.masked, c.vocab_size
+    layer, T, K, V = 38 * B * c.width, c.max_len, c.mask_count, c.vocab_size
     main = T + c.crop_len + 1  # tokens of both passes
     layers = main * ((c.layers - 1) * layer * 4 / 38 + 2 * layer) if recompute else main * c.layers * layer
     auxiliary = T * c.auxiliary_layers * layer

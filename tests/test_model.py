@@ -55,7 +55,8 @@ def make_batch(config, sequences=3, seed=0):
     rng, T = np.random.default_rng(seed), config.max_len
     tokens = rng.integers(1, PAD, (sequences, T))
     tokens[:, 0] = 0  # [CLS], which is never masked
-    masked = np.stack([np.sort(rng.permutation(np.arange(1, T))[: config.masked]) for _ in range(sequences)])
+    masked = np.stack([np.sort(rng.permutation(np.arange(1, T))[: config.mask_count])
+                       for _ in range(sequences)])
     crop = np.concatenate([tokens[:, :1], tokens[:, 1 : 1 + config.crop_len]], axis=1)
     uniforms = rng.random(masked.shape, dtype=np.float32)
     uniforms[0, :2] = 0, LAST
@@ -290,7 +291,7 @@ def test_config_refuses(changes):
 def test_defaults_are_the_papers():
     c = coco.Config(vocab_size=100)
     assert c == coco.Config.from_preset("base", vocab_size=100)
-    assert (c.pad_id, c.mask_id, c.masked, c.crop_len) == (96, 99, 77, 460)
+    assert (c.pad_id, c.mask_id, c.mask_count, c.crop_len) == (96, 99, 77, 460)
     assert (c.token_task, c.lm_loss, c.corruption) == ("clm", "mixture", "auxiliary")
     assert (c.lambda_copy, c.lambda_scl, c.mask_fraction, c.crop, c.temperature) == (50, 1, 0.15, 0.9, 1)
     assert c.copy_mechanism and c.stop_gradient and c.relative_positions
