@@ -146,7 +146,7 @@ def relative_rows(table, c):
     """LayoutLMv3's table (heads, bins) of ours (bins, heads): T5's, with a bin for each distance."""
     distance = torch.arange(1 - c.max_len, c.max_len)  # key - query
     bins = torch.where(distance > 0, 2 * c.max_len + distance, -distance)
-    rows = torch.zeros(c.heads, 4 * c.max_len)
+    rows = table.new_zeros(c.heads, 4 * c.max_len)
     rows[:, bins] = table[relative_position_bucket(distance, c.relative_bins, c.max_distance)].T
     return rows * math.sqrt(c.width / c.heads)  # by which LayoutLMv3 divides
 
@@ -193,6 +193,8 @@ def add_head(tensors, settings, weights, task):
     dense, out = {"bert": ("bert.pooler.dense", "classifier"),
                   "layoutlmv3": ("classifier.dense", "classifier.out_proj")}[kind]
     low, high = (0.0, 1.0) if task["labels"] else (task["low"], task["high"])
+    if not task["labels"]:  # sentence-transformers' CrossEncoder would put a sigmoid behind it
+        settings = settings | {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
     return {
         **{f"{kind}.{name}": tensor for name, tensor in tensors.items()},
         f"{dense}.weight": weights["dense.weight"], f"{dense}.bias": weights["dense.bias"],
@@ -234,9 +236,11 @@ def export_tokenizer(tokenizer):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B:0 [SEP]",
-        special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")])
+    bpe.post_processor = processors.Sequence([
+        processors.ByteLevel(trim_offsets=True, add_prefix_space=False),  # the characters of " cat" are "cat"
+        processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B:0 [SEP]",
+            special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")])])
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(list(SPECIALS))
     return bpe.to_str(pretty=True).encode()
@@ -273,9 +277,9 @@ def model_card(name, saved, has_head, has_text, left):
     if "dataset" in run:
         facts |= {"text": run["dataset"], "tokens": saved["step"] * run["batch_size"] * run["max_len"]}
     kind = "AutoModelForSequenceClassification" if has_head else "AutoModel"
-    code = ["import transformers", f'model = transformers.{kind}.from_pretrained("{name}")']
+    code = ["import transformers", f'model = transformers.{kind}.from_pretrained({name!r})']
     if has_text:
-        code.append(f'tokenizer = transformers.AutoTokenizer.from_pretrained("{name}")')
+        code.append(f'tokenizer = transformers.AutoTokenizer.from_pretrained({name!r})')
     lines = [
         "---", "library_name: transformers", "tags: [coco-lm, nanococo]",
         f"pipeline_tag: {'text-classification' if has_head else 'feature-extraction'}", "---", f"# {name}\n",
@@ -320,13 +324,17 @@ def read(path):
 
 
 def is_export(folder):
-    """Whether a folder holds an export alone, and Hugging Face's tools have not saved a model there since."""
+    """Whether it is a folder with an export alone, in which Hugging Face's tools have not saved since."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     ours = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
             "modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Normalize/config.json"}
-    return {"README.md", "config.json"} <= files <= ours and (
-        b"nanoCOCO's convert.py" in (folder / "README.md").read_bytes()
-        and b"transformers_version" not in (folder / "config.json").read_bytes())
+    if not {"README.md", "config.json"} <= files <= ours:
+        return False
+    theirs = {"config.json": b"transformers_version", "tokenizer_config.json": b'"backend"'}
+    return b"nanoCOCO's convert.py" in (folder / "README.md").read_bytes() and not any(
+        word in (folder / file).read_bytes() for file, word in theirs.items() if file in files)
 
 
 def write_folder(folder, files):
@@ -347,7 +355,7 @@ def main(argv):
     parser.add_argument("source", type=Path, help="a release, or a checkpoint")
     parser.add_argument("target", type=Path, help="the file or folder to write")
     source, target = vars(parser.parse_args(argv)).values()
-    if target.exists() and not (target.is_dir() and is_export(target)):
+    if os.path.lexists(target) and not is_export(target):
         raise InputError(f"{target} exists: choose another name, or remove it.")
     try:
         file, saved = read(source)
@@ -361,7 +369,8 @@ def main(argv):
     except InputError:
         raise
     except ImportError as error:
-        raise InputError(f"this needs a package: pip install {error.name.split('.')[0]}") from None
+        package = (error.name or "").split(".")[0]
+        raise InputError(f"this needs a package: pip install {package}" if package else str(error)) from None
     except Exception as error:  # what is damaged, or of another kind, has many names
         reason = f"{error!r:.300}"
         raise InputError(f"{source} is no checkpoint and no release that can be used ({reason}).") from None

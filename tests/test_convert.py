@@ -575,6 +575,15 @@ def test_ids_of_odd_texts(tmp_path, hf, pattern, lowercase):
     assert list(theirs("the cat")) == ["input_ids", "attention_mask"]
 
 
+def test_characters_of_tokens(tmp_path, hf):
+    """They leave out the space before a word. (In tokenizers 0.20.0 they are wrong.)"""
+    _, _, folder = exported(tmp_path)
+    theirs, text = hf.AutoTokenizer.from_pretrained(folder), "the cat's 12  mats, lower"
+    encoded = theirs(text, return_offsets_mapping=True, add_special_tokens=False)
+    found = [text[start:end] for start, end in encoded.offset_mapping]
+    assert "".join(found) == "thecat's12mats,lower" and "the" in found
+
+
 @pytest.fixture(scope="session")
 def finetuned(tmp_path_factory):
     """task -> best.pt, of a real run: two or three classes of a text or a pair, and numbers"""
@@ -672,6 +681,16 @@ def test_sentence_transformers_gives_embed(tmp_path, hf):
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-6)
 
 
+def test_a_cross_encoder_gives_the_score(tmp_path, hf, finetuned):
+    reason = "pip install sentence-transformers"
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason=reason)
+    convert.main([str(finetuned["ratings"]), str(tmp_path / "hf")])
+    model, tokenizer, task = finetune.load_finetuned(finetuned["ratings"])
+    found = sentence_transformers.CrossEncoder(str(tmp_path / "hf"), device="cpu").predict([("film", "good")])
+    share = model(tokenizer.batch(["film"], ["good"])).item()
+    assert found.item() == pytest.approx(task["low"] + (task["high"] - task["low"]) * share, abs=1e-4)
+
+
 def test_the_model_card(tmp_path, hf, finetuned):
     """It says what the model is; its lines of metadata are what the hub reads."""
     yaml = pytest.importorskip("yaml")
@@ -690,12 +709,24 @@ def test_what_cannot_be_exported(tmp_path, hf, monkeypatch, command):
     _, _, folder = exported(tmp_path)
     assert command(convert.main, tmp_path / "ckpt.pt", folder)[0] == 0  # replaces the export
     before = sorted(tmp_path.rglob("*"))
-    for change in (lambda: hf.AutoModel.from_pretrained(folder).save_pretrained(folder),
-                   lambda: (folder / "notes.txt").write_text("mine")):
-        change()
-        status, said = command(convert.main, tmp_path / "ckpt.pt", folder)
-        assert status == 2 and "exists" in said
+
+    def is_refused(target):
+        status, said = command(convert.main, tmp_path / "ckpt.pt", target)
+        return status == 2 and "exists" in said
+
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "notes.txt").write_text("mine")
+    assert is_refused(tmp_path / "link") and is_refused(folder)
+    (tmp_path / "link").unlink()
     (folder / "notes.txt").unlink()
+    content = (folder / "tokenizer_config.json").read_bytes()
+    hf.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    assert is_refused(folder)
+    (folder / "tokenizer_config.json").write_bytes(content)
+    for file in sorted(folder.rglob("*.jinja")) + sorted(folder.glob("special_tokens_map.json")):
+        file.unlink()
+    hf.AutoModel.from_pretrained(folder).save_pretrained(folder)
+    assert is_refused(folder)
     saved = data.read_torch(tmp_path / "ckpt.pt")
     for change in (dict(width=20), dict(none=1), dict(heads="many")):
         torch.save(saved | {"config": saved["config"] | change}, tmp_path / "ckpt.pt")
