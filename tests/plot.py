@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = {"mlm_loss": "auxiliary, lower is better", "copy_auc": "copy head, higher is better",  # of log.jsonl
+COLUMNS = {"mlm_loss": "auxiliary, lower is better", "copy_auc": "copy head, higher is better",
            "lm_loss": "LM head, lower is better", "scl_loss": "contrastive, lower is better"}
 COLOURS = ("#3d85c6", "#d9822b", "#3f9b5b", "#9b6bbf", "#cc4b4b", "#b8860b")
 GREY = "#808080"  # can be read on white and on black

@@ -27,7 +27,7 @@ def test_train_takes_the_options_of_all_rows():
         configs[row["part"], row["name"]] = vars(train.make_config(settings, vocab_size=1000))
     base = configs.pop(("main", "COCO-LM"))
     assert base == configs.pop(("ablations", "COCO-LM")) == configs.pop(("efficiency", "COCO-LM"))
-    assert configs["ablations", "narrow auxiliary"]["auxiliary_width"] == 252  # 1/3, and a multiple of 12 heads
+    assert configs["ablations", "narrow auxiliary"]["auxiliary_width"] == 252  # 1/3, rounded to 12 heads
     ablations = [config for (part, _), config in configs.items() if part == "ablations"]
     assert len(ablations) == 15 and base not in ablations
     assert len({study.file_name(row) for row in rows}) == len(rows)
@@ -97,7 +97,8 @@ def test_a_row_is_run_once(tmp_path, monkeypatch):
     make_corpus(tmp_path, val_fraction=0.3)
     lines = {"SST-2": ["sentence\tlabel"] + [f"word {i}\t{i % 2}" for i in range(20)],
              "CoLA": [f"x\t{i % 2}\t*\tword {i}" for i in range(20)],
-             "STS-B": ["sentence1\tsentence2\tscore"] + [f"word {i}\tword {i + 1}\t{i % 6}" for i in range(20)]}
+             "STS-B": ["sentence1\tsentence2\tscore"]
+                      + [f"word {i}\tword {i + 1}\t{i % 6}" for i in range(20)]}
     for task, rows in lines.items():
         (tmp_path / task).mkdir()
         for split in ("train", "dev"):
@@ -105,9 +106,11 @@ def test_a_row_is_run_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "TWICE", ("CoLA",))
     monkeypatch.setattr(study, "ONCE", ())
     monkeypatch.setattr(study, "plan", lambda args: [row])
-    row = {"part": "ablations", "name": "frozen auxiliary", "options": "--corruption=frozen", "seed": 1, "steps": 1}
+    row = {"part": "ablations", "name": "frozen auxiliary", "options": "--corruption=frozen", "seed": 1,
+           "steps": 1}
     args = SimpleNamespace(preset="tiny", steps=40, seeds=1, only="", setup="", dataset="toy",
-                           data_dir=tmp_path, glue_dir=tmp_path, work_dir=tmp_path / "work", results_dir=tmp_path / "results")
+                           data_dir=tmp_path, glue_dir=tmp_path, work_dir=tmp_path / "work",
+                           results_dir=tmp_path / "results")
     study.run(args)
     [file] = (tmp_path / "results" / "tiny").iterdir()
     result = json.loads(file.read_bytes())

@@ -430,7 +430,7 @@ def test_accumulation_equals_one_big_batch(options, tmp_path):
 
 
 def sample_without_logits():
-    """Rounding flips a sampled token now and then, and so all that follows. These samples know no rounding."""
+    """Rounding flips a sampled token now and then, and so all that follows. These samples are exact."""
     model.sample = lambda logits, uniforms: (uniforms * logits.shape[-1]).long()
 
 
