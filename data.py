@@ -36,6 +36,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -49,6 +50,7 @@ FILES = {"train.bin", "val.bin", "tokenizer_state.json", "meta.json"}
 PIECE = 16_000        # characters: shorter documents stay whole, longer ones are cut
 LINE = 2 * 10**8      # characters of a line, at most; text8 is one line of half as many
 CHUNK = 200           # pieces that a process prepares at once
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # of this process
 SAMPLE = 100_000_000  # bytes of text on which the BPE is trained, about, if there are as many
 ENCODE = 100_000      # characters that tiktoken gets at once: a million spaces in a row are too many for it
 # Words for the BPE: contractions, letters with their marks, up to three digits, other signs, white space.
@@ -56,8 +58,6 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p
 
 # ------------------------------------------------------------------------------------------------------------
 # Options, errors and output of all commands
-
-tell = functools.partial(print, flush=True)
 
 # A number is finite and not negative. These options have a tighter range, both ends included.
 LIMITS = {
@@ -71,6 +71,28 @@ LIMITS = {
 
 class InputError(Exception):
     """Something the user gave cannot be used. One sentence: what, where, and what to do. Exit status 2."""
+
+
+def tell(*words, **how):
+    """print. A terminal or pipe that is gone does not end the work."""
+    with contextlib.suppress(OSError):
+        print(*words, flush=True, **how)
+
+
+def lock(folder):
+    """Makes a folder, and keeps other runs out of it as long as the file that it returns is open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    if path.is_symlink():
+        raise InputError(f"{path} is a link, not the lock of a run: remove it, or choose another folder.")
+    file = open(path, "a")  # never emptied: it may be somebody's
+    with contextlib.suppress(ImportError, OSError):  # Windows and some file systems have no such lock
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another run: choose another name, or wait.") from None
+    return file
 
 
 def read_option(name, kind, may_be_empty, text):
@@ -153,13 +175,13 @@ def start_worker():
 
 def in_parallel(function, items, workers):
     """function(item) for each item, in order, by processes. Few items are under way, so memory is bounded."""
-    if workers == 1 or threading.current_thread() is not threading.main_thread():  # may outlive the main one
+    if workers == 1 or threading.current_thread() is not threading.main_thread():  # a thread may outlive it
         yield from map(function, items)
         return
     pool, pending = ProcessPoolExecutor(workers, get_context("spawn"), start_worker), deque()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it
     script = sys.modules["__main__"]
-    sys.modules["__main__"] = sys.modules[__name__]  # a worker imports this, and not a script without a guard
+    sys.modules["__main__"] = sys.modules[__name__]  # what a worker imports; the script may lack a guard
     try:
         for _ in range(workers):
             pool.submit(int)  # starts a worker
@@ -169,6 +191,8 @@ def in_parallel(function, items, workers):
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         yield from (future.result() for future in pending)
+    except BrokenProcessPool:
+        raise InputError("a worker was killed, perhaps for its memory: choose fewer --workers.") from None
     finally:
         sys.modules["__main__"] = script
         pool.shutdown(cancel_futures=True)
@@ -326,7 +350,7 @@ def lower(text):
 def count_words(chunk, share=1.0):
     """How often each word of PATTERN occurs in a share of the pieces.
 
-    It takes the highest fingerprints; validation has the lowest.
+    The share takes the highest fingerprints, so that validation text, which has the lowest, comes in last.
     """
     chosen = (text for _, text in chunk if fingerprint(text) >= (1 - share) * 2**64)
     words = (word for text in chosen for word in regex.findall(PATTERN, text))
@@ -602,11 +626,13 @@ def read_torch(path):
         if zipfile.is_zipfile(path):  # older files have no checksums; torch.load does not verify them
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() or any(record.external_attr for record in archive.infolist()):
-                    raise zipfile.BadZipFile("a checksum differs")  # of a "folder" torch reads unset memory
+                    raise zipfile.BadZipFile("a checksum differs")  # a "folder" would be unset memory
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
+    except (OSError, MemoryError):  # says nothing about the file
+        raise
     except Exception as error:  # damage has many names: zipfile's, pickle's, torch's
         raise InputError(f"{path} is damaged, or no checkpoint that can be read safely "
                          f"({type(error).__name__}).") from None
@@ -628,12 +654,15 @@ def read_meta(folder):
                          "remove it and prepare it again with python data.py.") from None
 
 
-cached_tokenizer = functools.lru_cache(maxsize=1)(lambda **state: Tokenizer.from_state(state))
+@functools.lru_cache(maxsize=1)
+def read_state(path):
+    """The tokenizer of a tokenizer_state.json, which a worker reads once"""
+    return Tokenizer.from_state(json.loads(path.read_bytes()), path)
 
 
 def encode_chunk(chunk, state, val_fraction):
     """[(starts a document?, text)] -> [(starts a document?, split, ids as bytes, bytes of text)]"""
-    tokenizer = cached_tokenizer(**state)
+    tokenizer = read_state(state)
     return [(new, "val" if fingerprint(text) < val_fraction * 2**64 else "train",
              np.array(tokenizer.encode(text), tokenizer.dtype).tobytes(), len(text.encode()))
             for new, text in chunk]
@@ -665,7 +694,7 @@ def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
 
 def write_tokens(folder, chunks, tokenizer, val_fraction, workers):
     """Writes train.bin and val.bin. Returns what meta.json says about them."""
-    encode = functools.partial(encode_chunk, state=tokenizer.state(), val_fraction=val_fraction)
+    encode = functools.partial(encode_chunk, state=folder / "tokenizer_state.json", val_fraction=val_fraction)
     separator = np.array([tokenizer.sep_id], tokenizer.dtype).tobytes()
     documents, text_bytes, before = 0, 0, None
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
@@ -695,12 +724,19 @@ def new_folder(data_dir, name, overwrite):
     folder = Path(data_dir, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for killed in folder.parent.glob(f".{name}~*"):
-        if killed.is_dir() and {file.name for file in killed.iterdir()} <= {"new", "old", "docs.txt"}:
+        ours = {"new", "old", "docs.txt", ".lock"}
+        if killed.is_dir() and {file.name for file in killed.iterdir()} <= ours:
+            lock(killed).close()  # raises InputError if the preparation goes on
             clean_up(killed, folder)
+    refuse_other(folder, overwrite)
+    return folder
+
+
+def refuse_other(folder, overwrite):
+    """Raises InputError if there is something that a preparation may not replace."""
     is_corpus = not folder.is_symlink() and {file.name for file in folder.glob("*")} == FILES
     if os.path.lexists(folder) and not (is_corpus and overwrite):
         raise InputError(f"{folder} exists; choose another --name. --overwrite=True replaces only a corpus.")
-    return folder
 
 
 def prepare(
@@ -709,18 +745,19 @@ def prepare(
     data_dir: str = "data",          # folder of all prepared corpora
     vocab_size: int = None,          # entries of the vocabulary: 32768; without PATH: 8192
     lowercase: bool = None,          # lowercase all text: True, as the paper's base
-    encoding: str = "bpe",  # bpe: train one; gpt2, ...; or the path of a corpus or checkpoint
+    encoding: str = "bpe",           # bpe: train one; gpt2, ...; or the path of a corpus or checkpoint
     val_fraction: float = None,      # share of val.bin: 0.01; without PATH: 0.05
-    workers: int = os.cpu_count(),   # processes; the result does not depend on it
+    workers: int = CPUS,             # processes; the result does not depend on it
     field: str = "text",             # the field of a .jsonl line that holds the text
-    document_per_file: bool = False, # a .txt is one document; else a blank line ends one
+    document_per_file: bool = False,  # a .txt is one document; else a blank line ends one
     overwrite: bool = False,         # replace the corpus of that name if there is one
 ):
     """Prepares a corpus and returns its folder. Without paths its text is the documentation on this disk.
 
     The fingerprint of a text, as it is tokenised, decides its split: equal texts are in one split, and texts
     that differ in case alone as well if all is lowercased. A document above PIECE characters is cut, and its
-    pieces are spread over both splits. The BPE is trained on both, above SAMPLE bytes on val.bin last.
+    pieces are spread over both splits. The BPE is trained on both; if there are more than SAMPLE bytes,
+    validation text is the last to be taken.
     """
     start = time.monotonic()
     if encoding == "bpe" and vocab_size is None:
@@ -729,6 +766,7 @@ def prepare(
         val_fraction = 0.01 if paths else 0.05
     folder = new_folder(data_dir, name or ("" if paths else "docs"), overwrite)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}~", dir=folder.parent))
+    in_use = lock(scratch)
     try:
         new, docs = scratch / "new", scratch / "docs.txt"
         new.mkdir()
@@ -749,10 +787,12 @@ def prepare(
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         if changed := files.items() ^ find_files(paths or [docs]).items():
             raise InputError(f"{min(changed)[0]} changed while it was read.")
+        refuse_other(folder, overwrite)  # that came meanwhile
         if folder.exists():
             os.rename(folder, scratch / "old")
         os.rename(new, folder)
     finally:
+        in_use.close()
         clean_up(scratch, folder)
 
     tokens, size, seconds = meta["tokens"], meta["bytes"], time.monotonic() - start

@@ -9,7 +9,7 @@
 
 Own data are train.tsv, dev.tsv and, optionally, test.tsv; or .jsonl. The header, or the keys, names the
 columns: "label" and one or two others, which are the texts. A column that numbers the rows ("index", "id",
-"idx", "guid") may be there, too. FILE needs no labels.
+"idx", "guid", "uid") may be there, too. FILE needs no labels.
 
 To change something, edit a constant or pass --name=value. A run writes to out_dir/TASK/:
 
@@ -41,10 +41,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, Parser, Progress, Tokenizer, checksum, read_lines, run_command
+from data import InputError, Parser, Progress, Tokenizer, checksum, lock, read_lines, run_command
 from model import COCOLM, PRESETS, Config
 from train import (LOCAL_RANK, RANK, WORLD, checkpoint_path, choose_hardware, connect, disconnect,
-                   gather_objects, keep_memory, learning_rate_at, load_checkpoint, lock, make_optimizer,
+                   gather_objects, keep_memory, learning_rate_at, load_checkpoint, make_optimizer,
                    print0, read_checkpoint, require_same, seed_dropout, sum_over_processes, to_device,
                    write_file)
 
@@ -104,7 +104,7 @@ out_dir: str = "out/finetune"     # results are in out_dir/TASK/
 seeds: int = 1                    # runs, with the seeds seed, seed + 1, ...
 seed: int = 0                     # the first one: of the head, the order of the examples and dropout
 
-# hyperparameters; constants without a value come from TASKS; write one here to override it
+# hyperparameters; constants without a value come from TASKS; give one a value here to override all rows
 epochs: int                       # passes over the training examples
 batch_size: int                   # examples in a step, over all processes
 learning_rate: float              # at the end of the warm-up; small models want more: tiny 5e-4
@@ -345,7 +345,8 @@ class GlueSet:
         self.task, self.labels, self.name, self.split = task, task["labels"], set_name, split
         self.low, self.high = task.get("low"), task.get("high")  # of scores
         self.index, texts, labels = zip(*read_glue(path, task, split))
-        quoted = any(re.fullmatch('".*"".*"', text) for row in texts for text in row)  # as pandas does
+        quoted = any(len(text) > 3 and text[0] == text[-1] == '"' and '""' in text[1:-1]  # as pandas does
+                     for row in texts for text in row)
         if quoted and ("own" in task or split == "new") and path.suffix.lower() == ".tsv":
             print0(f'{path}: quotation marks are read as text. If pandas wrote them, write a .jsonl instead: '
                    f'df.to_json("train.jsonl", orient="records", lines=True)')
@@ -631,10 +632,8 @@ def read_task(task, data_dir, tokenizer, max_len):
 
 def dev_scores(dev, predicted):
     """The scores on dev. MNLI has a second dev set, whose score is named accuracy_mismatched."""
-    scores = dev[0].scores(predicted[0])
-    for a_set, each in zip(dev[1:], predicted[1:]):
-        scores |= {f"{metric}_mismatched": score for metric, score in a_set.scores(each).items()}
-    return scores
+    return {metric + suffix: score for a_set, each, suffix in zip(dev, predicted, ("", "_mismatched"))
+            for metric, score in a_set.scores(each).items()}
 
 
 def selecting(task, scores):
@@ -780,9 +779,7 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
         ddp.train()
         with autocast:
             logits = ddp(batch["tokens"], batch.get("allowed"))
-        loss = model.losses(logits, batch).sum() / len(indices)  # this process' share of the mean
-        if not len(own):
-            loss = 0 * loss  # DDP still needs a backward pass
+        loss = model.losses(logits, batch)[: len(own)].sum() / len(indices)  # its share of the mean, or 0
         scaler.scale(loss * WORLD).backward()  # DDP takes the mean over processes
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, args)
@@ -841,7 +838,7 @@ def save_run(folder, sets, best, predicted, about):
             write_file(folder / "predictions" / file, text)
     write_file(folder / "best.pt", about | best)
     record = {"seed": best["seed"], "metrics": best["scores"], "best_step": best["step"],
-              "last": best["last"]}
+              "last": best["last"], "processes": WORLD, "torch": torch.__version__}
     write_file(folder / "result.json", json.dumps(record | {"settings": about["settings"]}, indent=1) + "\n")
     return record
 
@@ -963,6 +960,9 @@ def predict_file(args, device, autocast):
     a_set = GlueSet(path, task, task["name"], "new", tokenizer, tokenizer.max_len)
     columns = a_set.columns(predict_set(model, a_set, autocast))
     if RANK == 0:
+        blank = sum(not line.strip(" \r\n") for _, line in read_lines(path))
+        if blank and path.suffix.lower() != ".jsonl":
+            print0(f"warning: {path} has {blank} blank line(s), which get no prediction.")
         header, *rows = ([field if isinstance(field, str) else json.dumps(field) for field in fields]
                          for _, fields in read_fields(path))
         rows = [[*row, *added] for row, added in zip(rows, zip(*columns.values()), strict=True)]

@@ -12,6 +12,7 @@ else in the constants below. The command line overrides them all.
 import contextlib
 import ctypes
 import glob
+import inspect
 import json
 import math
 import os
@@ -34,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import InputError, Parser, Sequences, Tokenizer, batches, run_command
+from data import InputError, Parser, Sequences, Tokenizer, batches, lock, run_command
 from model import COCOLM, PRESETS, Config, flops, statistics, sum_and_count
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ overwrite: bool = False           # True: replace the run that out_dir holds
 seed: int = 0                     # of weights and dropout, and of the order, masks and crops of the text
 auxiliary_from: str = ""          # with corruption=frozen: the checkpoint whose auxiliary corrupts the text
 
-# optimization; constants without a value come from SCHEDULES; write one here to override it
+# optimization; constants without a value come from SCHEDULES; give one a value here to override it
 batch_size: int                   # sequences in a step, over all processes
 micro_batch_size: int             # of them in a pass of one process; gradients of the passes are accumulated
 max_steps: int                    # optimizer steps
@@ -214,10 +215,9 @@ def disconnect():
 
 
 def print0(*words, **how):
-    """print, on process 0 alone. A terminal or pipe that is gone does not end a run."""
+    """print, on process 0 alone"""
     if RANK == 0:
-        with contextlib.suppress(OSError):
-            print(*words, flush=True, **how)
+        data.tell(*words, **how)
 
 
 def sum_over_processes(tensor):
@@ -254,22 +254,6 @@ def gather(vectors):
     dist.all_gather(parts, vectors.detach().contiguous())
     parts[RANK] = vectors.detach() + WORLD * (vectors - vectors.detach())  # vectors, its gradient times WORLD
     return torch.cat(parts, dim=-2)
-
-
-def lock(folder):
-    """Makes a folder, and keeps other runs out of it as long as the file that it returns is open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    if path.is_symlink():
-        raise InputError(f"{path} is a link, not the lock of a run: remove it, or choose another --out_dir.")
-    file = open(path, "a")  # never emptied: it may be somebody's
-    with contextlib.suppress(ImportError, OSError):  # Windows and some file systems have no such lock
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder} is in use by another run: choose another --out_dir.") from None
-    return file
 
 
 def catch_signals():
@@ -348,10 +332,11 @@ def find_checkpoint(args, settings):
     """The newest whole checkpoint of out_dir to resume from, and its path; (None, None) for a new run.
 
     A new run is refused where there are checkpoints or a log, unless it is told to overwrite them. A run that
-    was killed before its first checkpoint begins again: its log has the same settings.
+    was killed before its first checkpoint begins again: its log is short and has the same settings.
     """
     out, problems = Path(args.out_dir), ""
-    if args.init_from in ("resume", "resume_or_scratch"):
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a failure
+    if args.init_from in ("resume", "resume_or_scratch") or restarted and not args.overwrite:
         for path in (out / "ckpt.pt", out / "ckpt.prev.pt"):
             if path.exists():
                 try:
@@ -363,11 +348,12 @@ def find_checkpoint(args, settings):
     if args.init_from == "resume":
         raise InputError(f"{problems}{out} holds no checkpoint to resume from.")
     in_the_way = sorted([*out.glob("ckpt*.pt"), *out.glob("log.jsonl")])
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # then the files are of this run
-    may_overwrite = args.overwrite and args.init_from != "resume_or_scratch" and not restarted
-    if (args.init_from == "resume_or_scratch" or restarted) and in_the_way == [out / "log.jsonl"]:
-        header, _, _ = read_log(in_the_way[0], 0)
-        may_overwrite = header and not changes_since(header["constants"], settings).keys() - MAY_CHANGE
+    repeated = restarted or args.init_from == "resume_or_scratch"  # what is there can be of this run
+    may_overwrite = args.overwrite and not repeated
+    if repeated and in_the_way == [out / "log.jsonl"]:
+        header, rows, _ = read_log(in_the_way[0], math.inf)
+        may_overwrite = (header and all(row["step"] <= args.checkpoint_interval for row in rows)
+                         and not changes_since(header["constants"], settings).keys() - MAY_CHANGE)
     if in_the_way and not may_overwrite:
         raise InputError(f"{problems}{in_the_way[0]} is there already: continue with --init_from=resume, or "
                          f"replace it with --init_from=scratch --overwrite=True, or use another --out_dir.")
@@ -421,9 +407,11 @@ def take_weights(model, path, tokenizer, part=""):
             raise InputError(f"{path} has {name}={there}, this run {name}={here}.")
     saved, state = ({name: tensor for name, tensor in weights.items() if name.startswith(part)}
                     for weights in (checkpoint["model"], model.state_dict()))
-    if model.config.corruption != "frozen":  # its auxiliary alone has embeddings of its own
+    if model.config.corruption != "frozen":  # only a frozen auxiliary has embeddings of its own
         saved, state = ({name: tensor for name, tensor in weights.items()
                          if not name.startswith("auxiliary.embeddings.")} for weights in (saved, state))
+        if checkpoint["config"]["corruption"] == "frozen":  # and it does not fit any others
+            saved = {name: tensor for name, tensor in saved.items() if not name.startswith("auxiliary.")}
     taken = {name: tensor for name, tensor in saved.items()
              if name in state and tensor.shape == state[name].shape}
     if lost := [name for name in state if name.startswith(part or "main.") and name not in taken]:
@@ -521,15 +509,14 @@ def evaluate(model, sequences, args, device, autocast):
     totals, scores, micro = {}, [], args.micro_batch_size
     for part in range(min(args.eval_batches * args.accumulation, len(sequences) // (WORLD * micro))):
         rows = (part * WORLD + RANK) * micro + np.arange(micro)
-        # a step as large as the split: its masks depend on the index alone
+        # always step 0: text and masks depend on the index alone
         batch = to_device(sequences.batch(step=0, indices=rows, batch_size=len(sequences)), device)
         with autocast:
             losses, outputs = model(batch, gather)
         accumulate(totals, losses, statistics(batch, outputs, gather))
         if "copy_logits" in outputs:
-            same = (outputs["corrupted"] == batch["tokens"]).float()
-            pairs = torch.stack([outputs["copy_logits"], same], dim=-1)  # (B, T, 2)
-            scores.append(pairs[:, 1:].flatten(0, 1))  # [CLS] is never replaced
+            pairs = torch.stack([outputs["copy_logits"], outputs["corrupted"] == batch["tokens"]], dim=-1)
+            scores.append(pairs[:, 1:].flatten(0, 1))  # (B * (T - 1), 2): [CLS] is never replaced
     model.train()
     means = average(totals)
     if scores:
@@ -648,11 +635,12 @@ class Log:
 
 
 def save(out, log, checkpoint, keep, required):
-    """Writes ckpt.pt, and if it is to stay ckpt.STEP.pt. Only a required one has to be written."""
+    """Writes ckpt.pt, and if it is to stay ckpt.STEP.pt. If it cannot, the run goes on, unless required."""
     try:
         with contextlib.suppress(OSError):
             os.fsync(log.file.fileno())
         write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
+        required = False  # of the copy
         if keep:
             write_file(out / f"ckpt.{checkpoint['step']}.pt", checkpoint)
     except InputError as error:  # a full disk, say
@@ -724,14 +712,16 @@ def make_model(config, tokenizer, args, device):
 
 
 def wrap(model, train, args, device, autocast):
-    """The model in DistributedDataParallel, if there are several processes.
+    """The model in DistributedDataParallel, if there are several processes. Its buffers are constants.
 
     DDP sorts its buckets after the first pass, and with them the order of sums. An unused pass comes first,
     so that a resumed run adds in the order of an undisturbed one.
     """
     if WORLD == 1:
         return model
-    ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    names = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 has a new one
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
     example = to_device(train.batch(0, range(args.micro_batch_size), args.batch_size), device)
     with autocast:
         losses, _ = ddp(example, gather)
@@ -751,7 +741,8 @@ def main(argv):
     connect(device)
     tokenizer, config, train, val = open_text(args)
     settings = vars(args) | {"text": data.read_meta(train.path.parent)["sha256"]}
-    require_same("text", settings["text"])
+    for name in sorted(settings.keys() - {"data_dir", "out_dir"}):  # which may differ from node to node
+        require_same(name, settings[name])
     model = make_model(config, tokenizer, args, device)
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
@@ -789,7 +780,7 @@ def main(argv):
         last = step == args.max_steps
 
         # validate, save, leave
-        validated = step == start > 0  # by the run that is resumed, before it saved
+        validated = step == start > 0  # by the run that saved the checkpoint
         if last or step % args.eval_interval == 0 and not validated:
             scores, batch, outputs = evaluate(model, val, args, device, autocast)
             if RANK == 0:
@@ -798,7 +789,7 @@ def main(argv):
                 print0("warning: mean_cosine is near 1: all texts look the same; see tests/README.md")
         due = step > start and (last or stop or step % args.checkpoint_interval == 0)
         keep = step and args.keep_interval and step % args.keep_interval == 0
-        if RANK == 0 and (due or keep and not (out / f"ckpt.{step}.pt").exists()):
+        if RANK == 0 and (due or keep and (step > start or not (out / f"ckpt.{step}.pt").exists())):
             save(out, log, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                             "config": vars(config), "settings": settings, "skipped": skipped,
                             "scaler": scaler.state_dict(), "tokenizer": tokenizer.state()},
@@ -813,7 +804,7 @@ def main(argv):
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         finite, grad_norm, stop = agree(totals["loss"][0], norm, received)
-        if not math.isfinite(grad_norm):  # float16 skips such a step and halves its scale, but not for ever
+        if not math.isfinite(grad_norm):  # only float16 may skip a step, until its scale is below 2**-20
             skipped += 1
             finite = finite and scaler.is_enabled() and scaler.get_scale() >= 2**-20
         if not finite:
@@ -843,11 +834,11 @@ def main(argv):
         terms = ", ".join(f"{name} {sums[0] / args.accumulation:.5g}" for name, sums in totals.items()
                           if "loss" in name)
         print(f"process {RANK}, step {step + 1}: {terms}, gradient norm {grad_norm:.5g}", file=sys.stderr)
-    del ddp  # as the last owner of the group it could wait for gloo's threads forever
+    del ddp  # after its group it could wait for gloo's threads forever
     disconnect()
     if not finite:
-        sys.exit(1 if RANK else f"train.py: stopped before step {step + 1}: a loss or gradient is not finite;"
-                 f" a smaller learning rate or a longer warm-up may help.")
+        sys.exit(1 if RANK else f"train.py: stopped before step {step + 1}: a loss or gradient is not finite."
+                 f" Begin anew, from scratch or a checkpoint, with a lower learning rate or more warm-up.")
     if stop and not last:
         print0(f"stopped by {signal.Signals(stop).name} after step {step:,}; --init_from=resume continues")
         sys.exit(128 + stop)

@@ -509,6 +509,27 @@ def test_overwrite_never_deletes_a_users_files(corpus, tmp_path):
     assert listing(folder) == before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_while_a_corpus_is_prepared_stays(tmp_path, monkeypatch, overwrite):
+    """A user's folder of this name; and a second preparation is refused, not confused with a killed one."""
+    source, folder, count = write_source(tmp_path / "in.txt", sentences(40)), tmp_path / "data/mine", []
+
+    def tokens(*arguments):
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("a user's file")
+        with pytest.raises(data.InputError, match="in use"):
+            prepare(tmp_path, source, name="mine", overwrite=True)
+        count.append(folder)
+        return write_tokens(*arguments)
+
+    write_tokens = data.write_tokens
+    monkeypatch.setattr(data, "write_tokens", tokens)
+    with pytest.raises(data.InputError, match="exists"):
+        prepare(tmp_path, source, name="mine", overwrite=overwrite)
+    assert count == [folder] and os.listdir(tmp_path / "data") == ["mine"]
+    assert os.listdir(folder) == ["thesis.txt"]
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     source, checksum = write_source(tmp_path / "in.txt", sentences(40)), data.checksum
     monkeypatch.setattr(data, "checksum", lambda path: (source.write_text("less"), checksum(path))[1])

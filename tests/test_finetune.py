@@ -607,9 +607,10 @@ def test_columns_that_number_the_rows_are_no_texts(options, tmp_path, capsys):
     assert [row[0] for row in table(tmp_path / "out/mine/predictions/mine.dev.tsv")] == ["index", "7", "8"]
     best = f"--init_from={tmp_path}/out/mine/best.pt"
     assert "quotation" not in capsys.readouterr().out
-    (tmp_path / "new.tsv").write_text('sentence\tn\n"this ""film"" was fine"\t1\n"a"\t2\n')
+    (tmp_path / "new.tsv").write_text('sentence\tn\n"this ""film"" was fine"\t1\n\n"a"\t2\n')
     finetune.main([*options, best, f"--predict={tmp_path}/new.tsv"])  # without Idx, with marks of a .csv
-    assert capsys.readouterr().out.count("to_json(") == 1
+    said = capsys.readouterr().out
+    assert said.count("to_json(") == 1 and "1 blank line" in said
     assert table(tmp_path / "new.tsv.predictions.tsv")[1][:2] == ['"this ""film"" was fine"', "1"]
 
 

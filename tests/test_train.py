@@ -340,7 +340,10 @@ def test_a_frozen_auxiliary_is_taken_over_and_not_trained(options, finished, tmp
     cut_back(tmp_path / "frozen", tmp_path / "resumed")
     run(*frozen, f"--out_dir={tmp_path}/resumed", "--init_from=resume")
     assert_same(tmp_path / "frozen", tmp_path / "resumed")
-    run(*options, f"--out_dir={tmp_path}/next", f"--init_from={tmp_path}/frozen/ckpt.pt", "--learning_rate=0")
+    said = run(*options, f"--out_dir={tmp_path}/next", f"--init_from={tmp_path}/frozen/ckpt.pt",
+               "--learning_rate=0")
+    [anew] = [line for line in said.splitlines() if "start anew" in line]
+    assert "auxiliary.layers.0.qkv.weight" in anew  # as the frozen one had embeddings of its own
     ours = weights(tmp_path / "next", "main.")
     torch.testing.assert_close(ours, weights(tmp_path / "frozen", "main."), rtol=0, atol=0)
 
@@ -468,11 +471,13 @@ def test_two_nodes(options, finished, tmp_path):
     assert_close(finished, tmp_path / "out", ["loss"], 0.1)  # dropout is another one for two processes
 
 
-@pytest.mark.parametrize("what", ["text", "checkpoints"])
+@pytest.mark.parametrize("what", ["text", "checkpoints", "options"])
 def test_processes_that_read_different_files_are_refused(options, corpus, finished, tmp_path, what):
     outs = [cut_back(finished, tmp_path / "out"), shutil.copytree(finished, tmp_path / "later")]
     runs.make_corpus(tmp_path, seed=2)
     each = [["--init_from=resume", f"--out_dir={out}", "--max_steps=9"] for out in outs]
+    if what == "options":
+        each = [[f"--out_dir={tmp_path}/new", f"--learning_rate={rate}"] for rate in (0.01, 0.1)]
     if what == "text":
         each = [[f"--out_dir={tmp_path}/new", f"--data_dir={folder}"] for folder in (corpus.parent, tmp_path)]
     first, second = start(*options, "--micro_batch_size=3", processes=2, each=each)
@@ -649,6 +654,15 @@ def test_a_folder_with_a_log_is_not_begun_anew(options, tmp_path, content):
     assert (tmp_path / "log.jsonl").read_bytes() == content
 
 
+def test_the_log_of_a_long_run_stays_where_its_checkpoints_are_gone(options, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for file in out.glob("ckpt*"):
+        file.unlink()
+    status, said = attempt(*options, f"--out_dir={out}", "--init_from=resume_or_scratch")
+    assert status == 2 and "log.jsonl" in said
+    assert (out / "log.jsonl").read_bytes() == (finished / "log.jsonl").read_bytes()
+
+
 def test_a_lock_that_is_a_link_is_refused(options, tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out").mkdir()
@@ -702,7 +716,7 @@ def test_a_run_from_a_checkpoint_is_resumed_by_the_same_sizes(options, finished,
 
 
 def test_a_closed_terminal_does_not_end_a_run(options, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "print", lambda *_, **__: os.write(-1, b""), raising=False)  # OSError
+    monkeypatch.setattr(data, "print", lambda *_, **__: os.write(-1, b""), raising=False)  # OSError
     run(*options, f"--out_dir={tmp_path}")
     assert_same(finished, tmp_path)
 
@@ -713,6 +727,11 @@ def test_torchrun_restarts_do_not_overwrite_the_run(options, finished, tmp_path,
     status, said = attempt(*options, f"--out_dir={out}", "--overwrite=True")
     assert status == 2 and f"{out}/ckpt" in said
     assert contents(out) == contents(finished)
+
+    # without --overwrite they continue it, as no other command can be given
+    out = cut_back(finished, tmp_path / "cut")
+    run(*options, f"--out_dir={out}")
+    assert_same(finished, out)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
