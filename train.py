@@ -410,7 +410,7 @@ def take_weights(model, path, tokenizer, part=""):
     if model.config.corruption != "frozen":  # only a frozen auxiliary has embeddings of its own
         saved, state = ({name: tensor for name, tensor in weights.items()
                          if not name.startswith("auxiliary.embeddings.")} for weights in (saved, state))
-        if checkpoint["config"]["corruption"] == "frozen":  # and it does not fit any others
+        if checkpoint["config"].get("corruption") == "frozen":  # and it does not fit others
             saved = {name: tensor for name, tensor in saved.items() if not name.startswith("auxiliary.")}
     taken = {name: tensor for name, tensor in saved.items()
              if name in state and tensor.shape == state[name].shape}
