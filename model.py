@@ -42,8 +42,8 @@ from torch.utils.checkpoint import checkpoint
 class Config:
     """What the model is and what it learns; stored in every checkpoint. The default sizes are those of base.
 
-    A value that its type or RANGES does not allow raises ValueError, and so does an ablation that would have
-    no effect beside the others.
+    A value that its type or RANGES does not allow raises ValueError, and so does an ablation that others
+    leave without effect.
     """
 
     vocab_size: int
@@ -77,7 +77,7 @@ class Config:
     contrastive: bool = True       # False: no sequence contrastive learning
     gather_negatives: bool = True  # False: contrast only with the sequences of the same process
     relative_positions: bool = True  # False: absolute positions only
-    corruption: Literal["auxiliary", "random", "frozen"] = "auxiliary"  # frozen: the auxiliary does not learn
+    corruption: Literal["auxiliary", "random", "frozen"] = "auxiliary"  # frozen: it was trained before
     auxiliary_width: int = 0       # 0: as wide as the main Transformer
     auxiliary_dropout: float = 0.0  # above 0: tokens are sampled in a second pass without it
 
@@ -222,7 +222,7 @@ class Layer(nn.Module):
 class Embeddings(nn.Module):
     """Token + learned absolute position embedding, then LayerNorm [model]. Both Transformers share one.
 
-    The authors' auxiliary without dropout shares only the token embedding; here it shares all. [ours]
+    The authors' auxiliary shares only the token embedding if it has no dropout; here it shares all. [ours]
     """
 
     def __init__(self, config):
@@ -441,7 +441,7 @@ class COCOLM(nn.Module):
         c = self.config
         if isinstance(module, Encoder) and module.relative is not None and c.relative_init == "local":
             table = local_relative_table(c.relative_bins, module.heads, c.max_distance)
-            module.relative.weight.data.add_(table)  # apply() has visited the table before: it has the noise
+            module.relative.weight.data.add_(table)  # apply() visits children first: the noise is there
 
     def copy_logits(self, hidden):
         """The copy head: the logit of p_copy.  (B, T, D) -> (B, T), float32"""
@@ -469,7 +469,11 @@ class COCOLM(nn.Module):
         return tokens.scatter(1, masked, sampled), loss, logits.detach().argmax(-1)
 
     def corrective_lm_loss(self, lm_logits, copy_logits, originals, same):
-        """L_LM at the masked positions. stop_gradient: it does not train the copy head. [paper]  -> ()"""
+        """L_LM at the masked positions. [paper]  -> ()
+
+        What the copy head is sure of needs no correction: the LM head learns where a token is in doubt. With
+        stop_gradient, the copy head learns only from L_copy, which knows all tokens.
+        """
         c = self.config
         if c.stop_gradient:
             copy_logits = copy_logits.detach()
@@ -487,10 +491,10 @@ class COCOLM(nn.Module):
             tokens    (B, T)  the original text, [CLS] first; packed, so there is no padding
             masked    (B, K)  positions that are masked
             uniforms  (B, K)  in [0, 1): the randomness of the auxiliary's sampling
-            crop      (B, C)  [CLS] and a contiguous part of the original
+            crop      (B, 1 + crop_len)  [CLS] and a contiguous part of the original
 
         gather: a function from this process' sequence vectors (2, B, D) to those of all processes, (2, N, D).
-        -> losses: `loss`, which is trained, and its terms `mlm_loss`, `copy_loss`, `lm_loss`, `scl_loss`: ().
+        -> losses: `loss`, which is trained, and its terms `mlm_loss`, `copy_loss`, `lm_loss`, `scl_loss`.
            outputs, without gradient: `corrupted` and `copy_logits` (B, T); the best guesses `mlm_tokens` and
            `lm_tokens` (B, K); `pooled` (B, D), the mean hidden states; `scl_vectors` (2, N, D).
         """
@@ -519,7 +523,8 @@ class COCOLM(nn.Module):
         else:
             copy_logits, lm_logits = self.other_token_task(hidden, corrupted, tokens, masked, losses)
 
-        # sequence contrastive learning: of the crop, the main Transformer computes only [CLS]
+        # sequence contrastive learning: spreads the vectors of different texts, which otherwise lie close
+        # together, and keeps those of similar ones near. Of the crop, only [CLS] is computed
         if c.contrastive:
             first = masked.new_zeros(len(masked), 1)  # (B, 1): the position of [CLS]
             crop_hidden = self.main(batch["crop"], padding=False, positions=first)  # (B, 1, D)
