@@ -175,7 +175,8 @@ def start_worker():
 
 def in_parallel(function, items, workers):
     """function(item) for each item, in order, by processes. Few items are under way, so memory is bounded."""
-    if workers == 1 or threading.current_thread() is not threading.main_thread():  # a thread may outlive it
+    # Not from another thread: it may outlive the main one
+    if workers == 1 or threading.current_thread() is not threading.main_thread():
         yield from map(function, items)
         return
     pool, pending = ProcessPoolExecutor(workers, get_context("spawn"), start_worker), deque()
@@ -624,9 +625,9 @@ def read_torch(path):
     import torch  # here, since the workers that prepare a corpus do not need it
     try:
         if zipfile.is_zipfile(path):  # older files have no checksums; torch.load does not verify them
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(path) as archive:  # of an entry marked as a folder torch reads unset memory
                 if archive.testzip() or any(record.external_attr for record in archive.infolist()):
-                    raise zipfile.BadZipFile("a checksum differs")  # a "folder" would be unset memory
+                    raise zipfile.BadZipFile("a checksum differs")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
