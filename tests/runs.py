@@ -55,20 +55,20 @@ def run_torchrun(output, options, *program):
     elastic_launch(torchrun.config_from_args(arguments)[0], run_program)(output, {}, None, *program)
 
 
-def start(*arguments, processes=1, each=None, before=None, nodes=None):
-    """Starts train.py in some processes, with the variables that torchrun would set.
+def start(*arguments, program="train.py", processes=1, each=None, before=None, nodes=None):
+    """Starts a program in some processes, with the variables that torchrun would set.
 
     each: further arguments, a list for each process; nodes: start these torchruns, given by their options
     """
     port, started = free_port(), []
     for rank in range(len(nodes or range(processes))):
-        program = list(map(str, [ROOT / "train.py", *arguments, *(each[rank] if each else ())]))
+        command = list(map(str, [ROOT / program, *arguments, *(each[rank] if each else ())]))
         output = tempfile.NamedTemporaryFile("r", prefix="said.")
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         how = (nodes[rank],) if nodes else ({name: str(v) for name, v in variables.items()}, before)
         process = SERVER.Process(target=run_torchrun if nodes else run_program,
-                                 args=(output.name, *how, *program))
+                                 args=(output.name, *how, *command))
         process.start()
         process.output = output
         started.append(process)

@@ -5,11 +5,7 @@ Every file is made here, in the official layouts. Every run is on the CPU, on a 
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,9 +16,8 @@ import torch
 import data
 import finetune
 import train
-from runs import free_port
+from runs import finish, start, wait_for
 
-ROOT = Path(finetune.__file__).parent
 PATTERN = r" ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
 WORDS = ("river stone garden window letter music winter silver bridge forest candle market paper engine "
          "harbour valley teacher doctor painter farmer sings walks writes builds opens finds").split()
@@ -139,13 +134,6 @@ def results(tmp_path, name, out="out"):
 
 def table(path):
     return [line.split("\t") for line in path.read_text().splitlines()]
-
-
-def start(arguments, **environment):
-    """finetune.py in a process of its own."""
-    return subprocess.Popen([sys.executable, ROOT / "finetune.py", *arguments], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 # --- metrics and readers
@@ -676,15 +664,12 @@ def test_a_fine_tuned_model_predicts_files_of_its_own_columns_alone(options, tmp
 def test_a_killed_run_keeps_its_seeds_and_a_second_run_is_refused(options, tmp_path, capsys):
     write_glue(tmp_path / "data", "STS-B")
     options, folder = [*options, "--task=STS-B", "--learning_rate=1e-3"], tmp_path / "out/STS-B"
-    process = start([*options, "--seeds=100000"])
-    deadline = time.monotonic() + 120
-    while not (folder / "seed1/result.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    [process] = start(*options, "--seeds=100000", program="finetune.py")
+    wait_for((folder / "seed1/result.json").exists, process)
     with pytest.raises(data.InputError, match="in use"):
         finetune.main(options)
     process.kill()
-    process.communicate()
+    finish([process])
     finished = {int(path.parent.name[4:]) for path in folder.glob("seed*/result.json")}
     assert {0, 1} <= finished == set(range(len(finished)))
     capsys.readouterr()
@@ -759,13 +744,13 @@ def test_all_of_glue_that_is_there(options, tmp_path, capsys):
 def test_two_processes_equal_one(options, tmp_path):
     write_glue(tmp_path / "data", "STS-B", 41)  # the last batch has one example: the second process has none
     options += ["--task=STS-B", "--dropout=0", "--epochs=3", "--batch_size=8", "--learning_rate=1e-3"]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [start(options, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in (0, 1)]
+    both = start(*options, program="finetune.py", processes=2)
     finetune.main([*options, f"--out_dir={tmp_path}/one"])
-    (said, error), (nothing, _) = (process.communicate(timeout=120) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], error
+    statuses, said = finish(both)
+    assert statuses == [0, 0], said
     one, two = results(tmp_path, "STS-B", "one"), results(tmp_path, "STS-B")
-    assert json.loads(said.splitlines()[-1])["metrics"] == two["metrics"] and "metrics" not in nothing
+    [line] = [line for line in said.splitlines() if "metrics" in line]  # of process 0 alone
+    assert json.loads(line)["metrics"] == two["metrics"]
     assert two["settings"] == one["settings"]
     rows = [table(tmp_path / out / "STS-B/predictions/STS-B.dev.tsv")[1:] for out in ("one", "out")]
     for a, b in zip(*rows, strict=True):

@@ -3,7 +3,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from runs import make_corpus
+from runs import SERVER, make_corpus, run_program
 
 import study
 import train
@@ -93,6 +93,14 @@ def test_draw_gives_the_same_csvs(tmp_path, monkeypatch):
     assert b"MLM" not in drawn[0]["scores.csv"]
 
 
+def forked(command, stdout, stderr, env, preexec_fn):
+    """subprocess.run for `python program`, from a process that has imported torch."""
+    process = SERVER.Process(target=run_program, args=(stdout.name, env, None, *map(str, command[1:])))
+    process.start()
+    process.join()
+    return SimpleNamespace(returncode=process.exitcode)
+
+
 def test_a_row_is_run_once(tmp_path, monkeypatch):
     make_corpus(tmp_path, val_fraction=0.3)
     lines = {"SST-2": ["sentence\tlabel"] + [f"word {i}\t{i % 2}" for i in range(20)],
@@ -105,6 +113,7 @@ def test_a_row_is_run_once(tmp_path, monkeypatch):
             (tmp_path / task / f"{split}.tsv").write_text("\n".join(rows))
     monkeypatch.setattr(study, "TWICE", ("CoLA",))
     monkeypatch.setattr(study, "ONCE", ())
+    monkeypatch.setattr(study.subprocess, "run", forked)
     monkeypatch.setattr(study, "plan", lambda args: [row])
     row = {"part": "ablations", "name": "frozen auxiliary", "options": "--corruption=frozen", "seed": 1,
            "steps": 1}
