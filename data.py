@@ -815,13 +815,13 @@ class Sequences:
     its crop and the uniform numbers that the auxiliary samples with.
     """
 
-    def __init__(self, folder, split, max_len, masked, crop_len, seed):
+    def __init__(self, folder, split, max_len, mask_count, crop_len, seed):
         meta, self.path = read_meta(folder), Path(folder, f"{split}.bin")
         dtype, count = np.dtype(meta["dtype"]), meta["tokens"][split]
         if self.path.stat().st_size != count * dtype.itemsize:
             raise InputError(f"{self.path} is truncated or changed; prepare the corpus again.")
         self.tokens = np.memmap(self.path, dtype, "r") if count else np.zeros(0, dtype)  # no memmap is empty
-        self.max_len, self.masked, self.crop_len, self.seed = max_len, masked, crop_len, seed
+        self.max_len, self.mask_count, self.crop_len, self.seed = max_len, mask_count, crop_len, seed
         self.vocab_size, special_ids = meta["vocab_size"], meta["special_ids"]
         self.cls_id, self.sep_id = special_ids["[CLS]"], special_ids["[SEP]"]
         self.order = functools.lru_cache(maxsize=2)(self.order)
@@ -841,13 +841,13 @@ class Sequences:
         tokens = np.concatenate([[self.cls_id], text], dtype=np.int64)
         random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
-        if len(ordinary) < self.masked or tokens.max() >= self.vocab_size:
+        if len(ordinary) < self.mask_count or tokens.max() >= self.vocab_size:
             raise InputError(f"{self.path} is damaged, or has too few tokens but [SEP], at token {start:,}.")
-        masked = np.sort(random.permutation(ordinary)[: self.masked])
+        masked = np.sort(random.permutation(ordinary)[: self.mask_count])
         crop_start = random.integers(1, self.max_len - self.crop_len + 1)
         crop = np.concatenate([tokens[:1], tokens[crop_start : crop_start + self.crop_len]])
         return {"tokens": tokens, "masked": masked, "crop": crop,
-                "uniforms": random.random(self.masked, dtype=np.float32)}
+                "uniforms": random.random(self.mask_count, dtype=np.float32)}
 
     def batch(self, step, indices, batch_size):
         """Sequences of one step, stacked: tokens (B, T), masked and uniforms (B, K), crop (B, C)"""
