@@ -154,7 +154,7 @@ def local_relative_table(bins, heads, max_distance):
     bucket = relative_position_bucket(distance, bins, max_distance)
     inside = F.one_hot(bucket, bins).float()
     d = (inside.T @ distance.float()) / inside.sum(0).clamp(min=1)  # (bins,) the mean distance in a bin
-    left = torch.where(d < 0, d + 1, -6.0)
+    left = torch.where(d < 0, d + 1, -6.0)  # -6: e^-6 = 0.002 of the nearest token's weight
     right = torch.where(d > 0, 1 - d, -6.0)
     patterns = torch.stack([left, right, -0.3 * d.abs(), torch.zeros(bins)], dim=1).clamp(min=-8)  # (bins, 4)
     return patterns[:, torch.arange(heads) % 4]
