@@ -198,14 +198,17 @@ def keep_memory():
 
 
 def connect(device):
-    """Connects the processes that torchrun started."""
+    """Connects the processes that torchrun started -> torchrun's store, which outlives its restarts"""
     if not 0 <= RANK < WORLD:
         raise InputError(f"RANK={RANK} has to be from 0 to WORLD_SIZE - 1 = {WORLD - 1}: torchrun sets both.")
+    if WORLD == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    store = next(dist.rendezvous("env://"))[0]
     if WORLD > 1:
-        # torchrun --max-restarts keeps its store: the prefix hides the addresses of the processes that died
-        restart, store = os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0]
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")  # hides the addresses of dead processes
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=dist.PrefixStore(restart, store))
+    return store
 
 
 def disconnect():
@@ -328,15 +331,15 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).eval(), tokenizer
 
 
-def find_checkpoint(args, settings):
+def find_checkpoint(args, settings, restarted):
     """The newest whole checkpoint of out_dir to resume from, and its path; (None, None) for a new run.
 
+    restarted: whether torchrun has restarted this run, which then continues, whatever init_from is.
     A new run is refused where there are checkpoints or a log, unless it is told to overwrite them. A run that
     was killed before its first checkpoint begins again: its log is short and has the same settings.
     """
     out, problems = Path(args.out_dir), ""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a failure
-    if args.init_from in ("resume", "resume_or_scratch") or restarted and not args.overwrite:
+    if args.init_from in ("resume", "resume_or_scratch") or restarted:
         for path in (out / "ckpt.pt", out / "ckpt.prev.pt"):
             if path.exists():
                 try:
@@ -738,7 +741,7 @@ def main(argv):
     can_compile = args.device == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang", "cl")))
     args.compile = args.compile == "True" or args.compile == "auto" and can_compile
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
-    connect(device)
+    store = connect(device)
     tokenizer, config, train, val = open_text(args)
     settings = vars(args) | {"text": data.read_meta(train.path.parent)["sha256"]}
     for name in sorted(settings.keys() - {"data_dir", "out_dir"}):  # which may differ from node to node
@@ -752,12 +755,13 @@ def main(argv):
     if args.init_from == "resume" and not out.exists():
         raise InputError(f"{out} does not exist, so there is no checkpoint to resume from.")
     lock_file = lock(out) if RANK == 0 else None  # locked as long as it is open
-    checkpoint, resumed_from = find_checkpoint(args, settings)
+    restarted = store is not None and store.check(["begun"])
+    checkpoint, resumed_from = find_checkpoint(args, settings, restarted)
     if checkpoint:
         changes = restore(checkpoint, resumed_from, model, optimizer, scaler, settings)
         start, skipped = checkpoint["step"], checkpoint["skipped"]
     del checkpoint
-    require_same("checkpoint", start)
+    require_same("step of the checkpoint in out_dir", start)
     if start >= args.max_steps:
         print0(f"{out} is finished: step {start:,} of max_steps={args.max_steps:,}.")
         return disconnect()
@@ -768,6 +772,8 @@ def main(argv):
     if RANK == 0:
         clean_folder(out, start, resumed_from)
         log = Log(out / "log.jsonl", header, start, changes)
+        if store is not None:
+            store.set("begun", "")
     if args.compile:
         model.compile(dynamic=False)
     ddp = wrap(model, train, args, device, autocast)

@@ -506,12 +506,15 @@ def test_killed_at_random_moments(options, tmp_path, processes):
     assert_same(tmp_path / "alone", out)
 
 
-def test_torchrun_brings_a_killed_process_back(options, tmp_path):
-    alike, out = [*options, "--max_steps=12", "--micro_batch_size=6"], tmp_path / "out"
+def test_torchrun_brings_a_killed_process_back(options, finished, tmp_path):
+    """It continues the run that it has begun, whatever init_from and overwrite are; no other one."""
+    alike = [*options, "--max_steps=12", "--micro_batch_size=6"]
+    out = shutil.copytree(finished, tmp_path / "out")
     alone = start(*alike, f"--out_dir={tmp_path}/alone", processes=2)
-    nodes = [["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--nproc_per_node=2", "--max_restarts=2"]]
-    (launcher,) = start(*alike, f"--out_dir={out}", "--init_from=resume_or_scratch", nodes=nodes)
-    wait_for(lambda: last_step(out) >= 3, launcher)
+    torchrun = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--max_restarts=1"]
+    (launcher,) = start(*alike, f"--out_dir={out}", "--overwrite=True",
+                        nodes=[[*torchrun, "--nproc_per_node=2"]])
+    wait_for(lambda: header(out)["constants"]["max_steps"] == 12 and last_step(out) >= 3, launcher)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     for each in (alone, [launcher]):
@@ -519,6 +522,11 @@ def test_torchrun_brings_a_killed_process_back(options, tmp_path):
         assert set(statuses) == {0}, said
     assert "resuming from" in said
     assert_same(tmp_path / "alone", out)
+
+    before = contents(out)
+    statuses, said = finish(start(*alike, f"--out_dir={out}", "--max_steps=14",
+                                  nodes=[[*torchrun, "--nproc_per_node=1"]]))
+    assert statuses[0] and said.count("is there already") == 2 and contents(out) == before
 
 
 @pytest.mark.parametrize("variant", [
@@ -719,19 +727,6 @@ def test_a_closed_terminal_does_not_end_a_run(options, finished, tmp_path, monke
     monkeypatch.setattr(data, "print", lambda *_, **__: os.write(-1, b""), raising=False)  # OSError
     run(*options, f"--out_dir={tmp_path}")
     assert_same(finished, tmp_path)
-
-
-def test_torchrun_restarts_do_not_overwrite_the_run(options, finished, tmp_path, monkeypatch):
-    out = shutil.copytree(finished, tmp_path / "out")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    status, said = attempt(*options, f"--out_dir={out}", "--overwrite=True")
-    assert status == 2 and f"{out}/ckpt" in said
-    assert contents(out) == contents(finished)
-
-    # without --overwrite they continue it, as no other command can be given
-    out = cut_back(finished, tmp_path / "cut")
-    run(*options, f"--out_dir={out}")
-    assert_same(finished, out)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
