@@ -86,15 +86,15 @@ def make_config(weights, settings):
 
 
 def tied(name):
-    """The main Transformer's tensor that this code has in place of this one; None if it has this one."""
+    """The main Transformer's tensor to which this code ties the one of this name; None if it is not tied."""
     if name.endswith("lm_head.weight"):
         return "main.embeddings.tokens.weight"
     return name.replace("auxiliary", "main", 1) if name.startswith("auxiliary.embeddings.") else None
 
 
 def make_model(weights, config):
-    """The COCOLM of a release, and {what is special: names}: of tensors that start anew, for example."""
-    torch.manual_seed(0)  # for what starts anew
+    """The COCOLM of a release, and notes, {note: names}, for example on newly initialized tensors."""
+    torch.manual_seed(0)  # for the newly initialized ones
     model = COCOLM(config)
     differ = [name for name in weights if tied(name) and not torch.equal(weights[name], weights[tied(name)])]
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not tied(name)}
@@ -107,14 +107,14 @@ def make_model(weights, config):
         raise KeyError(lost[0])
     model.load_state_dict(used, strict=False)
     return model, {
-        "start anew": dict.fromkeys(name.split(".")[0] for name in new),
+        "newly initialized": dict.fromkeys(name.split(".")[0] for name in new),
         "not used": [name for name in weights if name not in used and not tied(name)],
-        "its own there, the main Transformer's here": differ,
+        "replaced by the main Transformer's": differ,
     }
 
 
 def read_tokenizer(folder, vocab_size=None):
-    """That of sp.model and dict.txt in a folder; either may be missing as long as no text comes."""
+    """The tokenizer of a folder's sp.model and dict.txt. Without both, only encoding a text is an error."""
     model, dictionary = folder / "sp.model", folder / "dict.txt"
     model = base64.b64encode(model.read_bytes()).decode() if model.exists() else None
     text = "".join(line for _, line in read_lines(dictionary)) if dictionary.exists() else None
@@ -122,7 +122,7 @@ def read_tokenizer(folder, vocab_size=None):
 
 
 def from_release(saved, folder):
-    """A checkpoint, and {what is said: names}. saved: what is in the file of a release"""
+    """A checkpoint, and notes, {note: names}. saved: what is in the file of a release"""
     if "model" in saved:  # fairseq: {"args" or "cfg": Namespace, "model": weights, ...}
         weights, settings = saved["model"], vars(saved.get("args") or saved.get("cfg") or Namespace())
     else:  # Hugging Face
@@ -133,17 +133,17 @@ def from_release(saved, folder):
     vocabulary = {name: getattr(model.config, name) for name in ("vocab_size", "pad_id", "mask_id")}
     presets = [name for name in PRESETS if Config.from_preset(name, **vocabulary) == model.config]
     checkpoint = {"model": model.state_dict(), "config": vars(model.config), "step": 0,
-                  "tokenizer": tokenizer.state(), "settings": {"preset": name for name in presets}}
+                  "tokenizer": tokenizer.state(), "settings": {"preset": presets[0]} if presets else {}}
     absent = [name for name in ("sp.model", "dict.txt") if not (folder / name).exists()]
     return checkpoint, notes | {"missing, so it cannot encode texts": absent}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# To Hugging Face: LayoutLMv3's text part is our encoder up to its tables; without relative positions BERT is
+# To Hugging Face: as LayoutLMv3's text encoder, or as BERT if there are no relative positions
 
 
 def relative_rows(table, c):
-    """LayoutLMv3's table (heads, bins) of ours (bins, heads): T5's, with a bin for each distance."""
+    """LayoutLMv3's table (heads, 4 max_len) from this code's (bins, heads): one bin for each distance."""
     distance = torch.arange(1 - c.max_len, c.max_len)  # key - query
     bins = torch.where(distance > 0, 2 * c.max_len + distance, -distance)
     rows = table.new_zeros(c.heads, 4 * c.max_len)
@@ -152,7 +152,7 @@ def relative_rows(table, c):
 
 
 def export_encoder(weights, c, dropout, ids):
-    """Tensors and settings of an encoder, by their names. ids: those that [PAD], [CLS] and [SEP] get"""
+    """Tensors and settings, as Hugging Face names them. ids: those of [PAD], [CLS] and [SEP] there"""
     tensors = {"embeddings.token_type_embeddings.weight": torch.zeros(1, c.width)}
     for name, tensor in weights.items():
         for their_name, our_name in BERT:
@@ -188,7 +188,7 @@ def export_encoder(weights, c, dropout, ids):
 
 
 def add_head(tensors, settings, weights, task):
-    """Makes a classifier of an encoder; of a regression its last layer gives the score itself."""
+    """Adds the classification head. For a regression, the last layer is scaled to give the score itself."""
     kind, labels = settings["model_type"], task["labels"] or ["score"]
     dense, out = {"bert": ("bert.pooler.dense", "classifier"),
                   "layoutlmv3": ("classifier.dense", "classifier.out_proj")}[kind]
@@ -218,8 +218,8 @@ def merge_of(token, ranks):
 def export_tokenizer(tokenizer):
     """tokenizer.json of a BPE. [PAD] [CLS] [SEP] [MASK] are 0 to 3, a token of rank r is r + 4."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers import Tokenizer as TheirTokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # a byte's letter is itself, or one of those behind
+    from tokenizers import Tokenizer as FastTokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # GPT-2's: a printable byte is itself, others follow
     letters = dict(zip(sorted(range(256), key=lambda byte: chr(byte) not in alphabet), sorted(alphabet)))
     ranks = tokenizer.ranks
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -227,7 +227,7 @@ def export_tokenizer(tokenizer):
     vocabulary |= {words[token]: rank + len(SPECIALS) for token, rank in ranks.items()}
     merges = [tuple(words[part] for part in merge_of(token, ranks))
               for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    bpe = TheirTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    bpe = FastTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     if tokenizer.lowercase:  # U+10FFFF stands for İ, of which Lowercase makes two characters
         bpe.normalizer = normalizers.Sequence([
             normalizers.Replace("İ", "\U0010ffff"), normalizers.Lowercase(),
@@ -290,7 +290,7 @@ def model_card(name, saved, has_head, has_text, left):
 
 
 def export(saved, tokenizer, name):
-    """The files of a folder `name`, {path: bytes, or what becomes JSON}, and {what is said: names}."""
+    """The files of a folder `name`, {path: bytes, or what becomes JSON}, and notes."""
     import safetensors.torch
     c, task, weights = Config(**saved["config"]), saved.get("task", {}), saved["model"]
     run, part = (saved["settings"], "encoder.") if task else (saved["config"], "main.")
@@ -324,17 +324,18 @@ def read(path):
 
 
 def is_export(folder):
-    """Whether it is a folder with an export alone, in which Hugging Face's tools have not saved since."""
+    """Whether a folder holds an export and nothing else, unchanged by Hugging Face's tools."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    ours = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Normalize/config.json"}
-    if not {"README.md", "config.json"} <= files <= ours:
+    exported = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                "modules.json", "sentence_bert_config.json", "1_Pooling/config.json",
+                "2_Normalize/config.json"}
+    if not {"README.md", "config.json"} <= files <= exported:
         return False
-    theirs = {"config.json": b"transformers_version", "tokenizer_config.json": b'"backend"'}
+    marks = {"config.json": b"transformers_version", "tokenizer_config.json": b'"backend"'}
     return b"nanoCOCO's convert.py" in (folder / "README.md").read_bytes() and not any(
-        word in (folder / file).read_bytes() for file, word in theirs.items() if file in files)
+        word in (folder / file).read_bytes() for file, word in marks.items() if file in files)
 
 
 def write_folder(folder, files):
@@ -345,9 +346,14 @@ def write_folder(folder, files):
             file.parent.mkdir(parents=True, exist_ok=True)
             as_bytes = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
             file.write_bytes(as_bytes)
-        if folder.exists():
-            os.rename(folder, Path(scratch, "old"))
-        os.rename(Path(scratch, "new"), folder)
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        try:
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(new, folder)
+        finally:
+            if old.exists() and not folder.exists():  # it was stopped between the two
+                os.rename(old, folder)
 
 
 def main(argv):

@@ -53,7 +53,7 @@ auxiliary_from: str = ""          # with corruption=frozen: the checkpoint whose
 
 # optimization; constants without a value come from SCHEDULES; give one a value here to override it
 batch_size: int                   # sequences in a step, over all processes
-micro_batch_size: int             # of them in a pass of one process; gradients of the passes are accumulated
+micro_batch_size: int             # sequences in a pass of one process; gradients add up over a step's passes
 max_steps: int                    # optimizer steps
 warmup_steps: int                 # steps of linear warm-up; then linear decay to 0 at max_steps
 learning_rate: float              # at the end of the warm-up
@@ -143,9 +143,9 @@ def read_settings(argv):
     if args.contrastive and not args.negatives:
         raise InputError("there are no negatives: choose a larger micro_batch_size or --contrastive=False.")
     if (args.corruption == "frozen") != bool(args.auxiliary_from):
-        raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT need each other.")
-    for source in {args.init_from, args.auxiliary_from} - {*STARTS, ""} if args.overwrite else ():
-        if checkpoint_path(source).resolve().parent == Path(args.out_dir).resolve():
+        raise InputError("corruption=frozen and auxiliary_from=CHECKPOINT have to be given together.")
+    for source in {args.init_from, args.auxiliary_from} - {*STARTS, ""}:
+        if args.overwrite and checkpoint_path(source).resolve().parent == Path(args.out_dir).resolve():
             raise InputError(f"{source} is in the folder that --overwrite=True replaces: "
                              f"choose another --out_dir.")
     make_config(args, vocab_size=2**16)  # raises an error before the text is prepared
@@ -161,7 +161,7 @@ def make_config(args, **vocabulary):
 
 
 def usual_settings(preset):
-    """What the settings are without options and without a value in the constants that SCHEDULES fills."""
+    """The settings of a preset if no option is given, and no value to a constant that SCHEDULES fills."""
     return vars(make_parser().parse_args([])) | SCHEDULES[preset] | PRESETS[preset]
 
 
@@ -187,7 +187,7 @@ def choose_hardware(args):
 
 
 def keep_memory():
-    """Keeps freed memory. To get it back page by page takes a fifth of a step of preset small on the CPU."""
+    """Keeps freed memory: asking the system for it again costs preset small a fifth of a step on the CPU."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL("libc.so.6").mallopt(option, value)
@@ -246,7 +246,7 @@ def require_same(what, value):
 
 
 def gather(vectors):
-    """The sequence vectors (..., B, D) of all processes, (..., N, D), with the gradient of this process' own.
+    """Gathers (..., B, D) of all processes into (..., N, D). Gradients reach this process' own rows alone.
 
     Every process computes the same loss of all vectors, so it has the whole gradient of its own ones. DDP
     then averages over the processes what should be summed; the factor WORLD makes up for it.
@@ -281,7 +281,7 @@ def catch_signals():
 
 
 def write_file(path, content, before=None):
-    """Writes text or bytes, or torch.saves an object, completely or not at all. `before`: of an older one"""
+    """Writes text or bytes, or torch.saves an object, atomically. before: the path that an older file gets"""
     for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         unfinished.unlink(missing_ok=True)  # of a process that was killed
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -321,6 +321,8 @@ def read_checkpoint(path, *more):
 def load_checkpoint(path, device="cpu"):
     """(the COCOLM in evaluation mode, its Tokenizer) of a checkpoint or of a run's folder"""
     checkpoint = read_checkpoint(path)
+    if "task" in checkpoint:
+        raise InputError(f"{path} is fine-tuned: load it with finetune.load_finetuned.")
     tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], path)
     try:
         model = COCOLM(Config(**checkpoint["config"]))
@@ -376,8 +378,8 @@ def clean_folder(out, start, resumed_from):
     """Keeps a damaged checkpoint. Removes the checkpoints of a run that is replaced."""
     if resumed_from == out / "ckpt.prev.pt" and (out / "ckpt.pt").exists():
         os.replace(out / "ckpt.pt", out / "ckpt.damaged")  # or the next save would make it ckpt.prev.pt
-    for file in out.iterdir() if start == 0 else ():
-        if re.fullmatch(r"ckpt(\.prev|\.\d+)?\.pt", file.name):
+    for file in out.iterdir():
+        if start == 0 and re.fullmatch(r"ckpt(\.prev|\.\d+)?\.pt", file.name):
             file.unlink()
 
 
@@ -399,7 +401,7 @@ def restore(checkpoint, path, model, optimizer, scaler, settings):
 
 
 def take_weights(model, path, tokenizer, part=""):
-    """Copies a checkpoint's weights whose names begin with `part`. Says what starts anew or is unused."""
+    """Copies a checkpoint's weights whose names begin with `part`. Says what is new or not used."""
     checkpoint = read_checkpoint(path)
     if checkpoint["tokenizer"] != tokenizer.state():
         raise InputError(f"{path} has another vocabulary than this corpus; prepare the corpus with its "
@@ -413,7 +415,7 @@ def take_weights(model, path, tokenizer, part=""):
     if model.config.corruption != "frozen":  # only a frozen auxiliary has embeddings of its own
         saved, state = ({name: tensor for name, tensor in weights.items()
                          if not name.startswith("auxiliary.embeddings.")} for weights in (saved, state))
-        if checkpoint["config"].get("corruption") == "frozen":  # and it does not fit others
+        if checkpoint["config"].get("corruption") == "frozen":  # its auxiliary does not fit shared embeddings
             saved = {name: tensor for name, tensor in saved.items() if not name.startswith("auxiliary.")}
     taken = {name: tensor for name, tensor in saved.items()
              if name in state and tensor.shape == state[name].shape}
@@ -421,7 +423,7 @@ def take_weights(model, path, tokenizer, part=""):
         raise InputError(f"{path} has no {lost[0]}.")
     model.load_state_dict(taken, strict=False)
     print0(f"weights from {path}: {len(taken)} tensors")
-    for what, weights in (("start anew", state), ("not used", saved)):
+    for what, weights in (("newly initialized", state), ("not used", saved)):
         if names := [name for name in weights if name not in taken]:
             print0(f"  {what}: {', '.join(names)}")
 
@@ -470,7 +472,7 @@ def average(totals):
 
 
 def forward_backward(ddp, upcoming, step, args, device, autocast, scaler, logged):
-    """Accumulates the gradients of a step's passes -> name -> (sum, count); statistics if it is logged."""
+    """Accumulates a step's gradients -> {name: (sum, count)} of its losses and, if logged, statistics."""
     totals = {}
     for part in range(args.accumulation):
         batch = to_device(next(upcoming), device)
@@ -546,12 +548,12 @@ def nothing_learned(text, tokenizer, args):
     counts = np.bincount(text[text != tokenizer.sep_id])  # [SEP] is never masked
     share = counts[counts > 0] / counts.sum()
     return {"mlm_loss": float(-(share * np.log(share)).sum()),  # token frequencies alone
-            "copy_accuracy_replaced": 0.0, "copy_auc": 0.5,  # "all is original", and chance
+            "copy_accuracy_replaced": 0.0, "copy_auc": 0.5,  # it calls every token original; chance
             "lm_accuracy_replaced": float(share.max()),
             "scl_accuracy": 1 / (args.negatives + 1), "mean_cosine": 1.0}  # chance; all texts look the same
 
 
-def report(args, config, model, train, val, start, floors):
+def report(args, config, model, train, val, start, baselines):
     """Prints what the run will do -> the log's header"""
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     counts = {name: sum(p.numel() for p in part.parameters())  # both Transformers count what they share
@@ -578,8 +580,8 @@ def report(args, config, model, train, val, start, floors):
     if epochs > 100:
         print0(f"warning: {epochs:,.0f} epochs of this text: use more text or a smaller --max_steps.")
     return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": hardware, "dtype": args.dtype,
-            "compiled": args.compile, "parameters": counts, "config": vars(config), "nothing_learned": floors,
-            "code": git_state(), "versions": {
+            "compiled": args.compile, "parameters": counts, "config": vars(config), "code": git_state(),
+            "nothing_learned": baselines, "versions": {
                 "python": platform.python_version(), "torch": str(torch.__version__),
                 "numpy": np.__version__, "tiktoken": data.tiktoken.__version__}}
 
@@ -638,12 +640,12 @@ class Log:
 
 
 def save(out, log, checkpoint, keep, required):
-    """Writes ckpt.pt, and if it is to stay ckpt.STEP.pt. If it cannot, the run goes on, unless required."""
+    """Writes ckpt.pt and, if `keep`, ckpt.STEP.pt. A failed write ends the run only if it is required."""
     try:
         with contextlib.suppress(OSError):
             os.fsync(log.file.fileno())
         write_file(out / "ckpt.pt", checkpoint, before=out / "ckpt.prev.pt")
-        required = False  # of the copy
+        required = False  # the run can be resumed without the copy
         if keep:
             write_file(out / f"ckpt.{checkpoint['step']}.pt", checkpoint)
     except InputError as error:  # a full disk, say
@@ -652,7 +654,7 @@ def save(out, log, checkpoint, keep, required):
         print0(f"warning: {error} The run goes on, and tries again at the next interval.")
 
 
-def show_what_was_learned(batch, outputs, tokenizer, floors, scores):
+def show_what_was_learned(batch, outputs, tokenizer, baselines, scores):
     """Validation text, what the auxiliary made of it, and what the main model says to that; the scores."""
     print0("\n  validation text, with [original: auxiliary's token, p(original) > main model's correction]")
     for row, tokens in enumerate(batch["tokens"][:2]):
@@ -670,12 +672,12 @@ def show_what_was_learned(batch, outputs, tokenizer, floors, scores):
         print0("", *(f"  {line}" for line in lines), sep="\n")
 
     print0(f"\n  {'on validation text':26}{'this model':>12}{'nothing learned':>17}")
-    for name, floor in floors.items():
+    for name, baseline in baselines.items():
         if name in scores:
             better = "↓" if name in ("mlm_loss", "mean_cosine") else "↑"
-            print0(f"  {better} {name:24}{scores[name]:12.4f}{floor:17.4f}")
+            print0(f"  {better} {name:24}{scores[name]:12.4f}{baseline:17.4f}")
     print0("  A good model gives replaced tokens a low p and proposes the original.\n"
-           "  copy_auc compares only at equal mlm_loss: what a weak auxiliary puts is easy to detect.")
+           "  Compare copy_auc only at equal mlm_loss: a weak auxiliary's replacements are easy to detect.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -717,8 +719,8 @@ def make_model(config, tokenizer, args, device):
 def wrap(model, train, args, device, autocast):
     """The model in DistributedDataParallel, if there are several processes. Its buffers are constants.
 
-    DDP sorts its buckets after the first pass, and with them the order of sums. An unused pass comes first,
-    so that a resumed run adds in the order of an undisturbed one.
+    DDP reorders its buckets after the first pass, and with them the order of sums. A discarded pass comes
+    first, so that a resumed run sums in the order of an undisturbed one.
     """
     if WORLD == 1:
         return model
@@ -767,8 +769,8 @@ def main(argv):
         return disconnect()
 
     # report
-    floors = nothing_learned(val.tokens[: 2**24], tokenizer, args)
-    header = report(args, config, model, train, val, start, floors) | {"constants": settings}
+    baselines = nothing_learned(val.tokens[: 2**24], tokenizer, args)
+    header = report(args, config, model, train, val, start, baselines) | {"constants": settings}
     if RANK == 0:
         clean_folder(out, start, resumed_from)
         log = Log(out / "log.jsonl", header, start, changes)
@@ -791,15 +793,15 @@ def main(argv):
             scores, batch, outputs = evaluate(model, val, args, device, autocast)
             if RANK == 0:
                 log.write("val", step, {"tokens": step * step_tokens, **scores})
-            if 2 * step > args.max_steps and scores["mean_cosine"] > 0.99:
+            if args.token_task != "rtd" and 2 * step > args.max_steps and scores["mean_cosine"] > 0.99:
                 print0("warning: mean_cosine is near 1: all texts look the same; see tests/README.md")
-        due = step > start and (last or stop or step % args.checkpoint_interval == 0)
-        keep = step and args.keep_interval and step % args.keep_interval == 0
+        due = step > start and (last or stop > 0 or step % args.checkpoint_interval == 0)
+        keep = step > 0 and args.keep_interval > 0 and step % args.keep_interval == 0
         if RANK == 0 and (due or keep and (step > start or not (out / f"ckpt.{step}.pt").exists())):
             save(out, log, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                             "config": vars(config), "settings": settings, "skipped": skipped,
                             "scaler": scaler.state_dict(), "tokenizer": tokenizer.state()},
-                 keep, required=last or stop)
+                 keep, required=last or stop > 0)
         if last or stop:
             break
 
@@ -844,12 +846,12 @@ def main(argv):
     disconnect()
     if not finite:
         sys.exit(1 if RANK else f"train.py: stopped before step {step + 1}: a loss or gradient is not finite."
-                 f" Begin anew, from scratch or a checkpoint, with a lower learning rate or more warm-up.")
+                 f" Start a new run in another --out_dir, with a lower learning rate or more warm-up.")
     if stop and not last:
         print0(f"stopped by {signal.Signals(stop).name} after step {step:,}; --init_from=resume continues")
         sys.exit(128 + stop)
     if RANK == 0:
-        show_what_was_learned(batch, outputs, tokenizer, floors, scores)
+        show_what_was_learned(batch, outputs, tokenizer, baselines, scores)
         print0(f"\nthe checkpoint is {out}/ckpt.pt, the log {out}/log.jsonl")
 
 

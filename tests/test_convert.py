@@ -132,7 +132,7 @@ def test_fairseq_outputs_and_losses(tmp_path, layout, prefix, capsys):
     model, _ = converted(tmp_path if prefix else tmp_path / "model.pt")
     assert model.config == FIXTURE and not model.training
     said = capsys.readouterr().out
-    assert "version" in said and "classification_heads.mnli.dense.weight" in said and "anew" not in said
+    assert "version" in said and "classification_heads.mnli.dense.weight" in said and "newly" not in said
 
     tokens, corrupted, mask = inputs["tokens"], inputs["corrupted"], inputs["mask"]
     real, same = tokens != 1, corrupted == tokens
@@ -159,7 +159,7 @@ def test_fairseq_outputs_and_losses(tmp_path, layout, prefix, capsys):
 @pytest.mark.parametrize("format", ["zip", "legacy", "safetensors"])
 @pytest.mark.parametrize("prefix", ["cocolm.", ""])
 def test_hugging_face_outputs(tmp_path, format, prefix, capsys):
-    """What the port has is as its code computed; what it has not starts anew, which is said."""
+    """What the port has is as its code computed; what it has not is new, which is said."""
     weights, inputs, outputs = official("huggingface")
     weights = {name.replace("cocolm.", prefix): tensor for name, tensor in weights.items()}
     write_release(tmp_path, "huggingface", weights, format=format)
@@ -702,6 +702,15 @@ def test_the_model_card(tmp_path, hf, finetuned):
         _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
         assert yaml.safe_load(metadata)["library_name"] == "transformers"
         assert all(word in text for word in words), text
+
+
+def test_an_export_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    rename, folder = os.rename, tmp_path / "hf"
+    convert.write_folder(folder, {"file": b"old"})
+    monkeypatch.setattr(os, "rename", lambda a, b: sys.exit() if a.name == "new" else rename(a, b))  # SIGTERM
+    with pytest.raises(SystemExit):
+        convert.write_folder(folder, {"file": b"new"})
+    assert (folder / "file").read_bytes() == b"old" and list(tmp_path.iterdir()) == [folder]
 
 
 def test_what_cannot_be_exported(tmp_path, hf, monkeypatch, command):

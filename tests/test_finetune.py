@@ -656,6 +656,8 @@ def test_a_fine_tuned_model_predicts_files_of_its_own_columns_alone(options, tmp
     assert not list(tmp_path.glob("*.predictions*"))
     with pytest.raises(data.InputError, match="fine-tuned already.*--predict"):
         finetune.main([*options, "--task=CoLA", cola])
+    with pytest.raises(data.InputError, match="load it with finetune.load_finetuned"):
+        train.load_checkpoint(cola.removeprefix("--init_from="))
 
 
 # --- seeds, folders, processes

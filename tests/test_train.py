@@ -342,8 +342,8 @@ def test_a_frozen_auxiliary_is_taken_over_and_not_trained(options, finished, tmp
     assert_same(tmp_path / "frozen", tmp_path / "resumed")
     said = run(*options, f"--out_dir={tmp_path}/next", f"--init_from={tmp_path}/frozen/ckpt.pt",
                "--learning_rate=0")
-    [anew] = [line for line in said.splitlines() if "start anew" in line]
-    assert "auxiliary.layers.0.qkv.weight" in anew  # as the frozen one had embeddings of its own
+    [new] = [line for line in said.splitlines() if "newly initialized" in line]
+    assert "auxiliary.layers.0.qkv.weight" in new  # as the frozen one had embeddings of its own
     ours = weights(tmp_path / "next", "main.")
     torch.testing.assert_close(ours, weights(tmp_path / "frozen", "main."), rtol=0, atol=0)
 
