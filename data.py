@@ -51,8 +51,8 @@ PIECE = 16_000        # characters: shorter documents stay whole, longer ones ar
 LINE = 2 * 10**8      # characters of a line, at most; text8 is one line of half as many
 CHUNK = 200           # pieces that a process prepares at once
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # of this process
-SAMPLE = 100_000_000  # bytes of text on which the BPE is trained, about, if there are as many
-ENCODE = 100_000      # characters that tiktoken gets at once: a million spaces in a row are too many for it
+SAMPLE = 100_000_000  # bytes of text that the BPE is trained on, about; all of the text if it is shorter
+ENCODE = 100_000      # characters in a call of tiktoken, which fails on a million spaces in a row
 # Words for the BPE: contractions, letters with their marks, up to three digits, other signs, white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -80,7 +80,7 @@ def tell(*words, **how):
 
 
 def lock(folder):
-    """Makes a folder, and keeps other runs out of it as long as the file that it returns is open."""
+    """Creates a folder and locks it until the returned file is closed. InputError: another run holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     if path.is_symlink():
@@ -96,7 +96,7 @@ def lock(folder):
 
 
 def read_option(name, kind, may_be_empty, text):
-    """The value of the option `name`, whose type is str, int, float, bool or Literal["bpe", "gpt2"]."""
+    """The value of the option `name`, whose type is str, int, float, bool or a Literal."""
     if kind is str:
         wanted = "a text"
         if text or may_be_empty:
@@ -168,21 +168,21 @@ class Progress:
 
 
 def start_worker():
-    """Leaves Ctrl-C to the parent, and ends when that was killed."""
+    """Ignores Ctrl-C, which the parent handles, and exits when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def in_parallel(function, items, workers):
     """function(item) for each item, in order, by processes. Few items are under way, so memory is bounded."""
-    # Not from another thread: it may outlive the main one
+    # Another thread cannot set signal handlers, and no pool works once the main thread has ended
     if workers == 1 or threading.current_thread() is not threading.main_thread():
         yield from map(function, items)
         return
     pool, pending = ProcessPoolExecutor(workers, get_context("spawn"), start_worker), deque()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it
     script = sys.modules["__main__"]
-    sys.modules["__main__"] = sys.modules[__name__]  # what a worker imports; the script may lack a guard
+    sys.modules["__main__"] = sys.modules[__name__]  # workers import this: scripts may lack a __main__ guard
     try:
         for _ in range(workers):
             pool.submit(int)  # starts a worker
@@ -257,7 +257,7 @@ def find_files(paths):
         found = sorted(root.rglob("*")) if root.is_dir() else [root]
         found = [file for file in found if file.is_file() and file.name.lower().endswith(endings)]
         if not found:
-            raise InputError(f"{path} is, or holds, no file whose name ends in {', '.join(endings)}.")
+            raise InputError(f"there is no {', '.join(endings)} file at or in {path}.")
         files |= {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in found}
     return files
 
@@ -269,7 +269,7 @@ def read_lines(path):
         with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(iter(functools.partial(file.readline, LINE), ""), 1):
                 if len(line) == LINE:
-                    raise InputError(f"{path}, line {number} has more than {LINE:,} characters.")
+                    raise InputError(f"{path}, line {number} has {LINE:,} characters or more.")
                 line.encode()  # an error where a byte was escaped
                 yield number, line
     except UnicodeEncodeError as error:
@@ -289,7 +289,7 @@ def read_documents(files, field, document_per_file):
                 yield line if line.strip() or document_per_file else None
             elif line.strip():
                 try:
-                    text = whole(json.loads(line)[field])
+                    text = replace_surrogates(json.loads(line)[field])
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise InputError(f'{path}, line {number} has no text "{field}" ({error!r}).') from None
                 yield from io.StringIO(text.strip() + "\n", newline=None)  # the same line ends
@@ -338,8 +338,8 @@ def fingerprint(text):
 # The tokenizer
 
 
-def whole(text):
-    """The text with U+FFFD for half a character, which JSON can spell: "\\ud83d"."""
+def replace_surrogates(text):
+    """Replaces lone surrogates, which JSON can spell ("\\ud83d"), by U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
@@ -360,7 +360,7 @@ def count_words(chunk, share=1.0):
 
 
 def new_neighbours(parts, pair, new):
-    """(neighbours before, neighbours after) the pair between the parts of a word becomes the token `new`.
+    """(old pair, new pair) of each neighbour when the pair between `parts` becomes the token `new`.
 
         parts "fl", "er" and pair "ow": ("lo", "l" + new), ("we", new + "e")
     """
@@ -379,9 +379,9 @@ def train_bpe(words, size):
 
         {"low": 5, "lower": 2}: the most frequent pair is l+o (7 times), then lo+w (7), then e+r (2) ...
 
-    Each step makes the most frequent pair of neighbours a token; of several, the pair of older tokens. A word
-    is spelled as a text whose characters are token ids. It is split at the pair; only the ends of its parts
-    get new neighbours, so as many pairs are counted again as there are places of the pair.
+    Each step merges the most frequent pair into a token; a tie goes to the pair of older tokens. A word is a
+    str whose characters are token ids. It is split at the pair. Only the ends of its parts get new
+    neighbours, so the work of a step is the number of places of its pair.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     spelled = [word.encode().decode("latin-1") for word in words]  # byte 65 is chr(65)
@@ -443,8 +443,8 @@ class Tokenizer:
                                           special_tokens=self.special_ids)
 
     def encode(self, text):
-        """Ids of a text, no special ones among them. Half a character becomes U+FFFD."""
-        text = whole(lower(text) if self.lowercase else text)
+        """Token ids of a text, without special tokens. A lone surrogate becomes U+FFFD."""
+        text = replace_surrogates(lower(text) if self.lowercase else text)
         parts = (text[i : i + ENCODE] for i in range(0, len(text), ENCODE))
         return [token for part in parts for token in self.encoding.encode_ordinary(part)]
 
@@ -473,7 +473,7 @@ class Tokenizer:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
 
     def offsets(self, text):
-        """Token ids of a text, and the characters (n, 2) of each token, from start to before end.
+        """Token ids of a text, and the characters that each token covers: (n, 2), start and end (exclusive).
 
         A token can be a part of a character: "é" in two tokens -> (0, 1), (0, 1).
         """
@@ -484,7 +484,7 @@ class Tokenizer:
         return ids, np.stack([starts, np.maximum(ends, starts + 1)], axis=1)
 
     def decode(self, ids):
-        """The text. Bytes that are not UTF-8 become U+FFFD; ids that the encoding leaves out are ignored."""
+        """The text of token ids. Invalid UTF-8 becomes U+FFFD; unknown ids are skipped."""
         return b"".join(self.token_bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
 
     def pieces(self, ids):
@@ -540,7 +540,7 @@ def clean(text):
 
         "``Don't,'' he 's said"   ->   '" Don\'t ," he \'s said'
     """
-    text = whole(text)
+    text = replace_surrogates(text)
     found = [(PLAIN.get(m[0], m[0]), *m.span()) for m in re.finditer(r"(?s)``|''|.", text)]
     plain, kept = "".join(character for character, _, _ in found), []
     for word in re.finditer(r"\S+", plain):
@@ -557,7 +557,7 @@ def clean(text):
 class SentencePieceTokenizer(Tokenizer):
     """sp.model cuts a text into pieces, dict.txt gives them ids. Needs the package sentencepiece. [model]
 
-    Behind 'LL, 'RE and 'VE in capitals the authors put a space; this does not.
+    The authors' cleaning puts a space after uppercase 'LL, 'RE and 'VE; this one does not.
     """
 
     pattern, lowercase = "", False
@@ -621,11 +621,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def read_torch(path):
-    """A dict from torch.save. Runs no code: beside torch's own classes it makes argparse.Namespace."""
+    """A dict from torch.save. Runs no code: argparse.Namespace is the only class allowed besides torch's."""
     import torch  # here, since the workers that prepare a corpus do not need it
     try:
-        if zipfile.is_zipfile(path):  # older files have no checksums; torch.load does not verify them
-            with zipfile.ZipFile(path) as archive:  # of an entry marked as a folder torch reads unset memory
+        if zipfile.is_zipfile(path):  # torch.load verifies no checksums; older files, not zips, have none
+            with zipfile.ZipFile(path) as archive:  # torch reads unset memory for an entry marked as a folder
                 if archive.testzip() or any(record.external_attr for record in archive.infolist()):
                     raise zipfile.BadZipFile("a checksum differs")
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -670,7 +670,7 @@ def encode_chunk(chunk, state, val_fraction):
 
 
 def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
-    """A BPE trained on the text, the tokenizer of another corpus, or one of tiktoken's. None: not given."""
+    """Trains a BPE, or takes the tokenizer of a corpus, of a checkpoint or of tiktoken. None: not given."""
     if encoding == "bpe":
         lowercase, words = lowercase is not False, Counter()
         count = functools.partial(count_words, share=min(1, SAMPLE / total))
@@ -683,9 +683,9 @@ def make_tokenizer(encoding, vocab_size, lowercase, lines, total, workers):
         try:
             base = tiktoken.get_encoding(encoding)
         except (ValueError, OSError) as error:  # OSError: no network
-            raise InputError(f"--encoding={encoding} is neither bpe nor a path, and tiktoken gives none "
-                             f"({type(error).__name__}): it has {tiktoken.list_encoding_names()}, and needs "
-                             "a network when it gives one for the first time.") from None
+            raise InputError(f"--encoding={encoding} is neither bpe nor a path, nor available from tiktoken "
+                             f"({type(error).__name__}), which has {tiktoken.list_encoding_names()} and "
+                             "downloads an encoding when it is first used.") from None
         tokenizer = Tokenizer(base._mergeable_ranks, base._pat_str, lowercase is not False)
     if vocab_size not in (None, tokenizer.vocab_size) or lowercase not in (None, tokenizer.lowercase):
         raise InputError(f"--encoding={encoding} has vocab_size={tokenizer.vocab_size} and "
@@ -704,14 +704,14 @@ def write_tokens(folder, chunks, tokenizer, val_fraction, workers):
             if before and (starts or split != before):  # a document ends, or continues in the other split
                 files[before].write(separator)
             files[split].write(ids)
-            documents, text_bytes, before = documents + starts, text_bytes + size, split
+            documents, text_bytes, before = documents + int(starts), text_bytes + size, split
         files[before].write(separator)
         tokens = {split: file.tell() // tokenizer.dtype.itemsize for split, file in files.items()}
     return {"tokens": tokens, "dtype": tokenizer.dtype.name, "documents": documents, "bytes": text_bytes}
 
 
 def clean_up(scratch, folder):
-    """Removes what a preparation left. If it was stopped between its two renames, the old corpus returns."""
+    """Removes a preparation's scratch folder. If it stopped between its renames, restores the old corpus."""
     if (scratch / "old").exists() and not folder.exists():
         os.rename(scratch / "old", folder)
         tell(f"{folder} is the old corpus again: --overwrite had been stopped.")
@@ -725,8 +725,8 @@ def new_folder(data_dir, name, overwrite):
     folder = Path(data_dir, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for killed in folder.parent.glob(f".{name}~*"):
-        ours = {"new", "old", "docs.txt", ".lock"}
-        if killed.is_dir() and {file.name for file in killed.iterdir()} <= ours:
+        scratch_files = {"new", "old", "docs.txt", ".lock"}
+        if killed.is_dir() and {file.name for file in killed.iterdir()} <= scratch_files:
             lock(killed).close()  # raises InputError if the preparation goes on
             clean_up(killed, folder)
     refuse_other(folder, overwrite)
@@ -755,10 +755,10 @@ def prepare(
 ):
     """Prepares a corpus and returns its folder. Without paths its text is the documentation on this disk.
 
-    The fingerprint of a text, as it is tokenised, decides its split: equal texts are in one split, and texts
-    that differ in case alone as well if all is lowercased. A document above PIECE characters is cut, and its
-    pieces are spread over both splits. The BPE is trained on both; if there are more than SAMPLE bytes,
-    validation text is the last to be taken.
+    A hash of each text, after lowercasing, decides its split: equal texts are in one split. A document above
+    PIECE characters is cut into pieces, which may be in different splits. The BPE is trained on both splits;
+    if they have more than SAMPLE bytes, validation text is the last to be used. Raises InputError if a text
+    or an option cannot be used, or if a folder of that name may not be replaced.
     """
     start = time.monotonic()
     if encoding == "bpe" and vocab_size is None:
@@ -788,7 +788,7 @@ def prepare(
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         if changed := files.items() ^ find_files(paths or [docs]).items():
             raise InputError(f"{min(changed)[0]} changed while it was read.")
-        refuse_other(folder, overwrite)  # that came meanwhile
+        refuse_other(folder, overwrite)  # one may have appeared in the meantime
         if folder.exists():
             os.rename(folder, scratch / "old")
         os.rename(new, folder)
@@ -810,9 +810,9 @@ def prepare(
 class Sequences:
     """Packed sequences of one split, of max_len tokens each: [CLS] and the next max_len - 1 of the corpus.
 
-    Sequence `index` of step `step` is a pure function of (seed, step, index), for any number of processes and
-    any accumulation, after any resume: its tokens (each epoch is a seeded permutation), its masked positions,
-    its crop and the uniform numbers that the auxiliary samples with.
+    With a given batch size, a sequence is a pure function of (seed, step, index): its tokens (each epoch is a
+    seeded permutation), its masked positions, its crop and the uniform numbers that the auxiliary samples
+    with. The number of processes, accumulation and resuming do not change it.
     """
 
     def __init__(self, folder, split, max_len, mask_count, crop_len, seed):
@@ -820,7 +820,7 @@ class Sequences:
         dtype, count = np.dtype(meta["dtype"]), meta["tokens"][split]
         if self.path.stat().st_size != count * dtype.itemsize:
             raise InputError(f"{self.path} is truncated or changed; prepare the corpus again.")
-        self.tokens = np.memmap(self.path, dtype, "r") if count else np.zeros(0, dtype)  # no memmap is empty
+        self.tokens = np.memmap(self.path, dtype, "r") if count else np.zeros(0, dtype)  # mmap needs a byte
         self.max_len, self.mask_count, self.crop_len, self.seed = max_len, mask_count, crop_len, seed
         self.vocab_size, special_ids = meta["vocab_size"], meta["special_ids"]
         self.cls_id, self.sep_id = special_ids["[CLS]"], special_ids["[SEP]"]
@@ -842,7 +842,7 @@ class Sequences:
         random = np.random.default_rng([1, self.seed, step, index])
         ordinary = np.flatnonzero((tokens != self.cls_id) & (tokens != self.sep_id))  # what may be masked
         if len(ordinary) < self.mask_count or tokens.max() >= self.vocab_size:
-            raise InputError(f"{self.path} is damaged, or has too few tokens but [SEP], at token {start:,}.")
+            raise InputError(f"{self.path}, token {start:,}: damaged, or too few tokens other than [SEP].")
         masked = np.sort(random.permutation(ordinary)[: self.mask_count])
         crop_start = random.integers(1, self.max_len - self.crop_len + 1)
         crop = np.concatenate([tokens[:1], tokens[crop_start : crop_start + self.crop_len]])
@@ -856,12 +856,12 @@ class Sequences:
 
 
 def batches(sequences, batch_size, micro_batch_size, rank, world, first_step=0):
-    """The batches of one process: for each pass of each step. A thread prepares the next one meanwhile."""
+    """Yields the micro-batches of one process, without end. A thread prepares the next one meanwhile."""
     starts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
-    passes = ((step, range(i, i + micro_batch_size)) for step in itertools.count(first_step) for i in starts)
+    parts = ((step, range(i, i + micro_batch_size)) for step in itertools.count(first_step) for i in starts)
     with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(sequences.batch, *next(passes), batch_size)
-        for step, indices in passes:
+        upcoming = thread.submit(sequences.batch, *next(parts), batch_size)
+        for step, indices in parts:
             ready, upcoming = upcoming, thread.submit(sequences.batch, step, indices, batch_size)
             yield ready.result()
 

@@ -51,8 +51,8 @@ from train import (LOCAL_RANK, RANK, WORLD, checkpoint_path, choose_hardware, co
 # ------------------------------------------------------------------------------------------------------------
 # The tasks: one row says everything about a task.
 #
-# base, large: batch size, learning rate, epochs, warm-up fraction [model]; large: if as wide as large++
-# labels: the classes; []: a score from low to high, scaled to 0..1 for the model [model]
+# base, large (as wide as large++ or wider): batch size, learning rate, epochs, warm-up fraction [model]
+# labels: the classes; []: a score from low to high, scaled to 0..1 for the model [model]; SQuAD has none
 # selects: the metrics whose mean on dev selects the best state; default: all metrics
 
 BINARY, ENTAILMENT = ["0", "1"], ["entailment", "not_entailment"]
@@ -86,8 +86,8 @@ TASKS = {
     "SQuAD-2.0": dict(metrics=["exact_match", "f1"], selects=["best_f1"], max_len=384,
                       base=(32, 2e-5, 3, 1 / 10), large=(32, 2e-5, 3, 1 / 10)),
 }
-INDEX = ("index", "id", "idx", "guid", "uid")  # columns that number the rows, in any case
-PAPERS_EIGHT = ["MNLI", "QQP", "QNLI", "SST-2", "CoLA", "RTE", "MRPC", "STS-B"]
+INDEX = ("index", "id", "idx", "guid", "uid")  # names of a column that numbers the rows; case is ignored
+GLUE_TASKS = ["MNLI", "QQP", "QNLI", "SST-2", "CoLA", "RTE", "MRPC", "STS-B"]
 OWN = dict(own=True, label="label", base=(16, 2e-5, 10, 1 / 16), large=(16, 1e-5, 10, 1 / 16))  # [ours]
 
 # ------------------------------------------------------------------------------------------------------------
@@ -99,10 +99,10 @@ data_dir: str = "data/glue"       # tasks are in data_dir/TASK/, but SQuAD's fil
 regression: bool = False          # own data: labels are numbers
 predict: str = ""                 # a .tsv or .jsonl for which a fine-tuned init_from gives the labels
 init_from: str = "out/ckpt.pt"    # a checkpoint; scratch: an untrained model, to compare with
-tokenizer_from: str = "out/ckpt.pt"  # of scratch: a checkpoint with its tokenizer and its sizes
+tokenizer_from: str = "out/ckpt.pt"  # for scratch: the checkpoint that gives the tokenizer and the sizes
 out_dir: str = "out/finetune"     # results are in out_dir/TASK/
 seeds: int = 1                    # runs, with the seeds seed, seed + 1, ...
-seed: int = 0                     # the first one: of the head, the order of the examples and dropout
+seed: int = 0                     # of the first run: its head, the order of its examples, its dropout
 
 # hyperparameters; constants without a value come from TASKS; give one a value here to override all rows
 epochs: int                       # passes over the training examples
@@ -183,11 +183,11 @@ def words_of(text):
 
 def squad_scores(golds, predicted, version):
     """(exact match, F1) of an answer, 0 to 1: the best over its gold answers. In 2.0 none means no answer."""
-    words, golds, exact, best = words_of(predicted), [words_of(gold) for gold in golds], 0.0, 0.0
-    for gold in golds if version == "1.1" else [gold for gold in golds if gold] or [[]]:
-        exact = max(exact, float(words == gold))
-        common = (Counter(words) & Counter(gold)).total()
-        best = max(best, 2 * common / max(len(words) + len(gold), 1))
+    words, golds = words_of(predicted), [words_of(gold) for gold in golds]
+    if version == "2.0":
+        golds = [gold for gold in golds if gold] or [[]]  # a question without an answer: only "" is right
+    exact = float(words in golds)
+    best = max(2 * (Counter(words) & Counter(g)).total() / max(len(words) + len(g), 1) for g in golds)
     return exact, best if version == "1.1" else max(best, exact)
 
 
@@ -198,8 +198,8 @@ def best_threshold(scores, has_answer, odds):
     that is not answered scores 1 if it has no answer. [official SQuAD script, but for ties of the odds]
     """
     order = np.argsort(odds, kind="stable")
-    gain = np.cumsum((scores - ~has_answer)[order])  # of answering the first ones, against answering none
-    ends = np.append(np.diff(np.asarray(odds)[order]) > 0, True)  # a threshold does not part equal odds
+    gain = np.cumsum(np.where(has_answer, scores, scores - 1)[order])  # of answering the first ones, not none
+    ends = np.append(np.diff(np.asarray(odds)[order]) > 0, True)  # no threshold separates equal odds
     best = int(np.argmax(np.where(ends, gain, -math.inf)))
     if gain[best] <= 0:  # best to answer nothing
         return float(np.mean(~has_answer)), float(min(odds) - 1)
@@ -260,12 +260,12 @@ def number_of(text):
 
 
 def shown(labels):
-    """Labels for a message; a sign that cannot be seen is spelled out."""
+    """Labels for a message, at most 200 characters; a character that cannot be seen is escaped."""
     return f"{', '.join(label if label.isprintable() else repr(label) for label in labels):.200}"
 
 
 def look(label):
-    """What is equal if two labels are the same number, 0 and 0.0, or look the same: pos and pos + U+200B."""
+    """A key that labels share if they are the same number (0, 0.0) or look the same (pos, pos + U+200B)."""
     visible = re.sub(r"\s", " ", unicodedata.normalize("NFC", label))
     visible = "".join(c for c in visible if c.isprintable())
     number = number_of(visible)
@@ -288,10 +288,10 @@ def read_glue(path, task, split):
 
     index: from that column, else the row's number. Rows of own files have as many fields as the header.
     """
-    labelled, exact = split in ("train", "dev"), "own" in task or split == "new"
+    labelled = split in ("train", "dev")
+    strict = "own" in task or split == "new"
     wanted = [*task["texts"], task["label"]] if labelled else task["texts"]
-    lines, rows, broken, classes = list(read_fields(path)), [], 0, {*(task["labels"] or [])}
-    looks = {}  # of own labels: (label, line) that first looked so
+    lines, classes, rows, broken, seen = list(read_fields(path)), {*(task["labels"] or [])}, [], 0, {}
     header = lines[0][1] if lines else []
     if labelled and "no_header" in task and wanted[0] not in header:
         header = task["no_header"]
@@ -300,16 +300,16 @@ def read_glue(path, task, split):
     for column in wanted:
         if header.count(column) != 1:
             raise InputError(f'{path} needs one column "{column}": its first line is {header!r:.200}.')
-    if exact and len({*header}) < len(header):
+    if strict and len({*header}) < len(header):
         raise InputError(f"{path}: each column needs its own name, but they are {header!r:.200}.")
-    if added := {"prediction", "probability"} & {*header} if exact else ():
+    if added := {"prediction", "probability"} & {*header} if strict else ():
         raise InputError(f'{path} has a column "{min(added)}": rename it; the predictions get this name.')
     for number, fields in lines:
         row, complete = dict(zip(header, fields)), len(fields) == len(header)
         if labelled and "skips_broken_rows" in task and not complete:
             broken += 1
             continue
-        if exact and not complete or not row.keys() >= {*wanted}:
+        if strict and not complete or not row.keys() >= {*wanted}:
             raise InputError(f"{path}, line {number} has {len(fields)} fields, not {len(header)}.")
         for column in wanted:
             if not isinstance(value := row[column], str):
@@ -319,10 +319,10 @@ def read_glue(path, task, split):
         if labelled and (what := wanted_label(task, classes, label)):
             raise InputError(f"{path}, line {number}: the label has to be {what}, not {label!r:.200}.")
         if labelled and task["labels"] is None:
-            other, line = looks.setdefault(look(label), (label, number))
+            other, line = seen.setdefault(look(label), (label, number))  # the first label that looks so
             if other != label:
                 raise InputError(f"{path} has the labels {other!a:.200} in line {line} and {label!a:.200} in "
-                                 f"line {number}: spell them alike, or name the two apart.")
+                                 f"line {number}: use one spelling, or clearly different names.")
         index = next((row[column] for column in row if column.casefold() in INDEX), len(rows))
         rows.append((str(index).strip(), texts, label))
     if not rows:
@@ -352,8 +352,8 @@ class GlueSet:
                    f'df.to_json("train.jsonl", orient="records", lines=True)')
         self.examples = [{"tokens": np.array(tokenizer.encode_pair(*row, max_len=max_len))} for row in texts]
         if split in ("train", "dev"):
-            number = {label: number for number, label in enumerate(self.labels)}.get if self.labels else float
-            self.gold = np.array([number(label) for label in labels])
+            classes = {label: number for number, label in enumerate(self.labels)}
+            self.gold = np.array([classes[label] if self.labels else float(label) for label in labels])
         if split == "train":
             targets = self.gold
             if not self.labels:
@@ -457,7 +457,7 @@ class SquadSet:
         tokens (T,)   [CLS] question [SEP] [SEP] part of the context [SEP]
         allowed (T,)  where an answer can start or end: in the context, but not at white space; and at [CLS],
                       which means no answer
-        starts (T,)   those of the context that have their maximum context in this window
+        starts (T,)   where an answer can start: of `allowed`, the tokens with their maximum context here
         span (2,)     first and last token of the answer; 0 0 if the window does not hold it
         question      its number
         shift         position p holds the context's token p + shift
@@ -509,8 +509,8 @@ class SquadSet:
         return question["context"][spans[0, 0] : spans[-1, 1]].strip() if len(spans) else ""
 
     def decode(self, outputs):
-        """best_spans (windows, 4) -> the best span of each question over all windows, and the no-answer odds:
-        the lowest score of no answer - the score of the best span. Where no span is possible: "" and 1e9."""
+        """best_spans (windows, 4) -> each question's best answer over its windows, and its no-answer odds:
+        the lowest no-answer score minus the score of that answer; "" and 1e9 where no span is possible."""
         best = [(-math.inf, 0, -1)] * len(self)
         null = np.full(len(self), math.inf)
         for example, (score, first, last, nothing) in zip(self.examples, outputs.tolist()):
@@ -529,14 +529,14 @@ class SquadSet:
         best = {}
         if self.version == "2.0":
             has_answer = np.array([bool(g) for g in golds])
-            given = np.where((odds > 0)[:, None], ~has_answer[:, None], scores)  # none where it is likelier
+            given = np.where((odds > 0)[:, None], np.where(has_answer, 0.0, 1.0)[:, None], scores)
             (em, _), (f1, threshold) = (best_threshold(column, has_answer, odds) for column in scores.T)
             best = {"best_exact_match": 100 * em, "best_f1": 100 * f1, "best_f1_threshold": threshold}
         return dict(zip(("exact_match", "f1"), (100 * given.mean(0)).tolist())) | best
 
     def files(self, predicted):
-        """name of file -> text. predictions.json answers every question, for the official script, which takes
-        null_odds.json, too. submission.json is what the leaderboard of 2.0 takes."""
+        """file name -> text. predictions.json, which answers every question, and null_odds.json are for the
+        official script; submission.json is for the leaderboard of 2.0."""
         (texts, odds), index = predicted, [question["id"] for question in self.questions]
         given, found = texts, {"predictions.json": texts}
         if self.version == "2.0":
@@ -637,7 +637,7 @@ def dev_scores(dev, predicted):
 
 
 def selecting(task, scores):
-    """The one number that says which state is the best."""
+    """The score that selects the best state: the mean of the metrics in task["selects"], or of all."""
     return float(np.mean([scores[metric] for metric in task.get("selects", task["metrics"])]))
 
 
@@ -745,7 +745,7 @@ def predict_set(model, a_set, autocast, batch_size=EVAL_BATCH):
     parts, values = zip(*sum(gather_objects(found), []))
     outputs = np.concatenate(values)[np.argsort(np.concatenate(parts))]  # in the order of the examples
     if np.isnan(outputs).any():
-        raise InputError("the model's outputs are not numbers: choose a smaller --learning_rate.")
+        raise InputError("the model's outputs are NaN: choose --dtype=float32 or a smaller --learning_rate.")
     return a_set.decode(outputs)
 
 
@@ -772,14 +772,14 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
     best, losses, steps_per_epoch = None, [], args.max_steps // args.epochs
     for step, indices in enumerate(upcoming):  # `step` is the number of steps done
         # forward, backward, update
-        own = indices[RANK::WORLD]  # none, if the batch is smaller than the number of processes
-        batch = collate([examples[i] for i in (own if len(own) else indices[:1])], start.config.pad_id)
+        part = indices[RANK::WORLD]  # empty if the batch has fewer examples than there are processes
+        batch = collate([examples[i] for i in (part if len(part) else indices[:1])], start.config.pad_id)
         batch = to_device(batch, device)
         seed_dropout(seed, step, RANK, 0)
         ddp.train()
         with autocast:
             logits = ddp(batch["tokens"], batch.get("allowed"))
-        loss = model.losses(logits, batch)[: len(own)].sum() / len(indices)  # its share of the mean, or 0
+        loss = model.losses(logits, batch)[: len(part)].sum() / len(indices)  # its share of the mean, or 0
         scaler.scale(loss * WORLD).backward()  # DDP takes the mean over processes
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, args)
@@ -809,7 +809,7 @@ def fine_tune(task, args, start, sets, seed, device, autocast):
 
 
 def finished_runs(folder, task, settings):
-    """seed -> record of the seeds that have it and a best.pt. Results of other settings are refused."""
+    """seed -> content of result.json, of the finished seeds. InputError if their settings were different."""
     runs, paths = {}, list(folder.glob("seed*/result.json"))
     for name in ("results.json", "best.pt", "predictions"):
         if not paths and (folder / name).exists():
@@ -831,7 +831,7 @@ def finished_runs(folder, task, settings):
 
 
 def save_run(folder, sets, best, predicted, about):
-    """Writes seedN/ -> the content of result.json, which is last: it says that all else is there."""
+    """Writes seedN/ and returns result.json's content. It is written last: it marks the seed as finished."""
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     for a_set, each in zip(sets["dev"] + sets["test"], predicted, strict=True):
         for file, text in a_set.files(each).items():
@@ -844,12 +844,12 @@ def save_run(folder, sets, best, predicted, about):
 
 
 def write_summary(folder, task, runs, facts):
-    """The best seed's files and results.json, whose content is returned; its metrics are medians."""
+    """Copies the best seed's files and writes results.json; returns its content. Its metrics are medians."""
     runs = [runs[seed] for seed in sorted(runs)]
     best = folder / f"seed{max(runs, key=lambda run: selecting(task, run['metrics']))['seed']}"
     (folder / "predictions").mkdir(exist_ok=True)
-    for ours in (f"{task['name']}*.tsv", "[!.]*.json"):  # a desktop may have left files of its own
-        for file in (best / "predictions").glob(ours):
+    for pattern in (f"{task['name']}*.tsv", "[!.]*.json"):  # a desktop may have left files of its own
+        for file in (best / "predictions").glob(pattern):
             write_file(folder / "predictions" / file.name, file.read_bytes())
     write_file(folder / "best.pt", read_checkpoint(best / "best.pt"))
     results = {"task": task["name"]}
@@ -866,7 +866,7 @@ def write_summary(folder, task, runs, facts):
 
 
 def open_start(args):
-    """What fine-tuning starts from. Scratch takes the tokenizer and the sizes of a checkpoint alone."""
+    """What fine-tuning starts from. With scratch, only the checkpoint's tokenizer and sizes are used."""
     scratch = args.init_from == "scratch"
     path = checkpoint_path(args.tokenizer_from if scratch else args.init_from)
     saved = read_checkpoint(path)
@@ -880,7 +880,7 @@ def open_start(args):
 
 
 def settings_of(task, args, config):
-    """The settings of one task: its row's where no constant has a value and no option was given."""
+    """The settings of one task. An option comes first, then a constant with a value, then the task's row."""
     values = {"max_len": min(task.get("max_len", 512), config.max_len)}
     values |= zip(("batch_size", "learning_rate", "epochs", "warmup_fraction"),
                   task["large" if config.width >= PRESETS["large++"]["width"] else "base"])
@@ -932,17 +932,17 @@ def fine_tune_all(args, device, autocast):
     """The task, or all of GLUE, and at the end the line of JSON."""
     start, names, average = open_start(args), [args.task], Path(args.out_dir, "GLUE", "results.json")
     if args.task == "GLUE":
-        names = [name for name in PAPERS_EIGHT if Path(args.data_dir, name).exists()] or PAPERS_EIGHT
+        names = [name for name in GLUE_TASKS if Path(args.data_dir, name).exists()] or GLUE_TASKS
         print0(f"{len(names)} of the paper's eight tasks: {', '.join(names)}")
         if average.exists() and b'"task": "GLUE"' not in average.read_bytes():
-            raise InputError(f"{average} is not ours: choose another --out_dir.")
+            raise InputError(f"{average} is not a summary of this program: choose another --out_dir.")
     tasks = [find_task(name, args) for name in names]
     for task in tasks:  # a missing file is known now, not after hours of other tasks
         files_of(task, args.data_dir)
     results = [run_task(task, args, start, device, autocast) for task in tasks]
     if RANK == 0:
         last = {key: value for key, value in results[-1].items() if key not in ("settings", "runs")}
-        if args.task == "GLUE":  # of each task the score that selects, of its medians
+        if args.task == "GLUE":  # the selecting score of each task, from its median metrics
             scores = {task["name"]: selecting(task, each["metrics"]) for task, each in zip(tasks, results)}
             last = {"task": "GLUE", "seeds": min(each["seeds"] for each in results),
                     "metrics": {"average": float(np.mean(list(scores.values()))), **scores}}

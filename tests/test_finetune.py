@@ -720,7 +720,7 @@ def test_results_of_other_settings_stay_as_they_are(options, tmp_path):
     for task, name, message in (("SST-2", "results.json", "holds results.json, but no finished seed"),
                                 ("SST-2", "best.pt", "holds best.pt, but no finished seed"),
                                 ("SST-2", "predictions", "holds predictions, but no finished seed"),
-                                ("GLUE", "results.json", "GLUE/results.json is not ours")):
+                                ("GLUE", "results.json", "GLUE/results.json is not a summary")):
         path = tmp_path / f"{task} {name}" / task / name  # of somebody else
         path.parent.mkdir(parents=True)
         path.write_text("mine")
