@@ -14,6 +14,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -632,9 +633,9 @@ def read_torch(path):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
-    except (OSError, MemoryError):  # says nothing about the file
-        raise
     except Exception as error:  # damage has many names: zipfile's, pickle's, torch's
+        if isinstance(error, OSError | MemoryError) and getattr(error, "errno", 0) != errno.EINVAL:
+            raise  # it says nothing about the file; but of a cut file torch seeks a wrong offset, EINVAL
         raise InputError(f"{path} is damaged, or no checkpoint that can be read safely "
                          f"({type(error).__name__}).") from None
 

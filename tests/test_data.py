@@ -449,6 +449,19 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     assert not any(Path("/proc", child, "exe").exists() for child in started)
 
 
+def test_a_damaged_checkpoint_is_told_from_an_error_of_the_disk(tmp_path, monkeypatch):
+    path, draw = tmp_path / "ckpt.pt", random.Random(0)
+    torch.save({"model": {str(i): torch.randn(30, 40) for i in range(20)}}, path)
+    raw = path.read_bytes()
+    for _ in range(300):
+        path.write_bytes(raw[: draw.randrange(len(raw))])
+        with pytest.raises(data.InputError, match="is damaged"):
+            data.read_torch(path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: os.close(-1))  # an OSError
+    with pytest.raises(OSError):
+        data.read_torch(path)
+
+
 @pytest.mark.parametrize("use", ["{}", "import threading; threading.Thread(target=lambda: {}).start()"])
 def test_prepare_in_a_script(tmp_path, use):
     """Without `if __name__ == "__main__"`, or in a thread. The workers do not run the script as well."""
