@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import (SPECIALS, InputError, Parser, SentencePieceTokenizer, Tokenizer, read_lines, read_torch,
-                  run_command)
+from data import (SPECIALS, InputError, Parser, SentencePieceTokenizer, Tokenizer, clean_up, read_lines,
+                  read_torch, run_command)
 from model import COCOLM, PRESETS, Config, relative_position_bucket
 from train import write_file
 
@@ -114,7 +114,7 @@ def make_model(weights, config):
 
 
 def read_tokenizer(folder, vocab_size=None):
-    """The tokenizer of a folder's sp.model and dict.txt. Without both, only encoding a text is an error."""
+    """The tokenizer of a folder's sp.model and dict.txt. Either may be missing if no text is encoded."""
     model, dictionary = folder / "sp.model", folder / "dict.txt"
     model = base64.b64encode(model.read_bytes()).decode() if model.exists() else None
     text = "".join(line for _, line in read_lines(dictionary)) if dictionary.exists() else None
@@ -340,20 +340,18 @@ def is_export(folder):
 
 def write_folder(folder, files):
     """Writes a folder, completely or not at all. An older export is replaced."""
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
         for name, content in files.items():
-            file = Path(scratch, "new", name)
+            file = scratch / "new" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             as_bytes = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
             file.write_bytes(as_bytes)
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        try:
-            if folder.exists():
-                os.rename(folder, old)
-            os.rename(new, folder)
-        finally:
-            if old.exists() and not folder.exists():  # it was stopped between the two
-                os.rename(old, folder)
+        if folder.exists():
+            os.rename(folder, scratch / "old")
+        os.rename(scratch / "new", folder)
+    finally:
+        clean_up(scratch, folder)
 
 
 def main(argv):

@@ -635,7 +635,7 @@ def read_torch(path):
         raise InputError(f"{path} does not exist.") from None
     except Exception as error:  # damage has many names: zipfile's, pickle's, torch's
         if isinstance(error, OSError | MemoryError) and getattr(error, "errno", 0) != errno.EINVAL:
-            raise  # it says nothing about the file; but of a cut file torch seeks a wrong offset, EINVAL
+            raise  # the disk or memory failed, not the file; EINVAL is torch's seek in a cut file
         raise InputError(f"{path} is damaged, or no checkpoint that can be read safely "
                          f"({type(error).__name__}).") from None
 
@@ -712,10 +712,10 @@ def write_tokens(folder, chunks, tokenizer, val_fraction, workers):
 
 
 def clean_up(scratch, folder):
-    """Removes a preparation's scratch folder. If it stopped between its renames, restores the old corpus."""
+    """Removes the scratch folder of a new `folder`. If that stopped between its renames, restores the old."""
     if (scratch / "old").exists() and not folder.exists():
         os.rename(scratch / "old", folder)
-        tell(f"{folder} is the old corpus again: --overwrite had been stopped.")
+        tell(f"{folder} is the old one again: its replacement was stopped.")
     shutil.rmtree(scratch)
 
 

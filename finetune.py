@@ -291,7 +291,8 @@ def read_glue(path, task, split):
     labelled = split in ("train", "dev")
     strict = "own" in task or split == "new"
     wanted = [*task["texts"], task["label"]] if labelled else task["texts"]
-    lines, classes, rows, broken, seen = list(read_fields(path)), {*(task["labels"] or [])}, [], 0, {}
+    lines, classes = list(read_fields(path)), {*(task["labels"] or [])}
+    rows, broken, seen = [], 0, {}  # seen: of own labels, the first (label, line) that looks so
     header = lines[0][1] if lines else []
     if labelled and "no_header" in task and wanted[0] not in header:
         header = task["no_header"]
@@ -319,7 +320,7 @@ def read_glue(path, task, split):
         if labelled and (what := wanted_label(task, classes, label)):
             raise InputError(f"{path}, line {number}: the label has to be {what}, not {label!r:.200}.")
         if labelled and task["labels"] is None:
-            other, line = seen.setdefault(look(label), (label, number))  # the first label that looks so
+            other, line = seen.setdefault(look(label), (label, number))
             if other != label:
                 raise InputError(f"{path} has the labels {other!a:.200} in line {line} and {label!a:.200} in "
                                  f"line {number}: use one spelling, or clearly different names.")
@@ -529,7 +530,7 @@ class SquadSet:
         best = {}
         if self.version == "2.0":
             has_answer = np.array([bool(g) for g in golds])
-            given = np.where((odds > 0)[:, None], np.where(has_answer, 0.0, 1.0)[:, None], scores)
+            given = np.where((odds > 0)[:, None], ~has_answer[:, None], scores)  # none where it is likelier
             (em, _), (f1, threshold) = (best_threshold(column, has_answer, odds) for column in scores.T)
             best = {"best_exact_match": 100 * em, "best_f1": 100 * f1, "best_f1_threshold": threshold}
         return dict(zip(("exact_match", "f1"), (100 * given.mean(0)).tolist())) | best

@@ -161,7 +161,7 @@ def make_config(args, **vocabulary):
 
 
 def usual_settings(preset):
-    """The settings of a preset if no option is given, and no value to a constant that SCHEDULES fills."""
+    """The settings of a preset without options, where the constants without a value have none."""
     return vars(make_parser().parse_args([])) | SCHEDULES[preset] | PRESETS[preset]
 
 
@@ -246,7 +246,7 @@ def require_same(what, value):
 
 
 def gather(vectors):
-    """Gathers (..., B, D) of all processes into (..., N, D). Gradients reach this process' own rows alone.
+    """The sequence vectors (..., B, D) of all processes, (..., N, D), with the gradient of this process' own.
 
     Every process computes the same loss of all vectors, so it has the whole gradient of its own ones. DDP
     then averages over the processes what should be summed; the factor WORLD makes up for it.
@@ -793,6 +793,7 @@ def main(argv):
             scores, batch, outputs = evaluate(model, val, args, device, autocast)
             if RANK == 0:
                 log.write("val", step, {"tokens": step * step_tokens, **scores})
+            # RTD learns although mean_cosine stays near 1
             if args.token_task != "rtd" and 2 * step > args.max_steps and scores["mean_cosine"] > 0.99:
                 print0("warning: mean_cosine is near 1: all texts look the same; see tests/README.md")
         due = step > start and (last or stop > 0 or step % args.checkpoint_interval == 0)

@@ -451,6 +451,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 
 def test_a_damaged_checkpoint_is_told_from_an_error_of_the_disk(tmp_path, monkeypatch):
     path, draw = tmp_path / "ckpt.pt", random.Random(0)
+    torch.manual_seed(0)
     torch.save({"model": {str(i): torch.randn(30, 40) for i in range(20)}}, path)
     raw = path.read_bytes()
     for _ in range(300):

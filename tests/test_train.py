@@ -723,6 +723,19 @@ def test_a_run_from_a_checkpoint_is_resumed_by_the_same_sizes(options, finished,
     assert read(tmp_path)["step"] == 3
 
 
+def test_the_warning_that_all_texts_look_the_same(options, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def all_alike(*arguments):
+        scores, *rest = evaluate(*arguments)
+        return scores | {"mean_cosine": 1.0}, *rest
+
+    monkeypatch.setattr(train, "evaluate", all_alike)
+    for task in ("clm", "rtd"):
+        said = run(*options, f"--out_dir={tmp_path}/{task}", f"--token_task={task}", "--max_steps=2")
+        assert ("all texts look the same" in said) == (task == "clm")
+
+
 def test_a_closed_terminal_does_not_end_a_run(options, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "print", lambda *_, **__: os.write(-1, b""), raising=False)  # OSError
     run(*options, f"--out_dir={tmp_path}")
