@@ -174,6 +174,26 @@ def start_worker():
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def start_workers(pool, workers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it
+    for _ in range(workers):
+        pool.submit(int)  # starts a worker
+
+
+def undisturbed(function, *arguments):
+    """function(*arguments). Signals take effect after it: their exception could leave a lock in it held."""
+    late = []
+    handlers = {number: signal.signal(number, lambda number, frame: late.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return function(*arguments)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in late:
+            signal.raise_signal(number)
+
+
 def in_parallel(function, items, workers):
     """function(item) for each item, in order, by processes. Few items are under way, so memory is bounded."""
     # Another thread cannot set signal handlers, and no pool works once the main thread has ended
@@ -181,18 +201,15 @@ def in_parallel(function, items, workers):
         yield from map(function, items)
         return
     pool, pending = ProcessPoolExecutor(workers, get_context("spawn"), start_worker), deque()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it
     script = sys.modules["__main__"]
     sys.modules["__main__"] = sys.modules[__name__]  # workers import this: scripts may lack a __main__ guard
     try:
-        for _ in range(workers):
-            pool.submit(int)  # starts a worker
-        signal.signal(signal.SIGINT, handler)
+        undisturbed(start_workers, pool, workers)
         for item in items:
-            pending.append(pool.submit(function, item))
+            pending.append(undisturbed(pool.submit, function, item))
             if len(pending) > 3 * workers:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+                yield undisturbed(pending.popleft().result)
+        yield from (undisturbed(future.result) for future in pending)
     except BrokenProcessPool:
         raise InputError("a worker was killed, perhaps for its memory: choose fewer --workers.") from None
     finally:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -435,6 +436,33 @@ def test_a_signal_leaves_nothing_and_no_traceback(corpus, tmp_path, sent, send):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + sent and err == "" and listing(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("method", ["submit", "result"])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_does_not_break_a_lock_of_the_pool(monkeypatch, method, sent):
+    """Raised within Future.result, say, the handler's error could leave a lock held, or released twice."""
+    owner = {"submit": ProcessPoolExecutor, "result": Future}[method]
+    original, completed = getattr(owner, method), []
+
+    def disturbed(self, *arguments):
+        signal.raise_signal(sent)
+        completed.append(original(self, *arguments))
+        return completed[-1]
+
+    def handle(number, frame):
+        raise KeyError(number)
+
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        results = data.in_parallel(abs, range(-9, 0), workers=2)
+        monkeypatch.setattr(owner, method, disturbed)
+        with pytest.raises(KeyError, match=str(int(sent))):
+            list(results)
+        assert completed and all(signal.getsignal(number) == handle for number in handlers)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
