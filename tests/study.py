@@ -100,7 +100,7 @@ def plan(args):
     rows += [("efficiency", name, MAIN[name], seed, args.steps // part)
              for seed in all_seeds for part in (2, 4) for name in ("COCO-LM", "RTD")]
     rows += [("plateau", name, MAIN[name], seed, args.steps * tenths // 10)
-             for name, tenths in (("RTD", 16), ("COCO-LM", 20), ("RTD", 32)) for seed in all_seeds]
+             for name, tenths in (("RTD", 16), ("COCO-LM", 20), ("RTD", 32), ("CLM", 20)) for seed in all_seeds]
     rows += [("small", f"relative_init {init}", f"--relative_init={init}", seed, args.steps // 3)
              for seed in all_seeds[:2] for init in ("normal", "local")]
     rows += [("ablations", *row, ABLATION_SEED, args.steps // 2) for row in ABLATIONS.items()]
