@@ -94,7 +94,7 @@ def wait_for(condition, process):
     """Waits until condition() holds."""
     end = time.monotonic() + 60
     while not condition():
-        assert process.is_alive() and time.monotonic() < end, process.output.read()
+        assert time.monotonic() < end and (process.is_alive() or condition()), process.output.read()
         time.sleep(0.005)
 
 

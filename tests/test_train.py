@@ -508,13 +508,13 @@ def test_killed_at_random_moments(options, tmp_path, processes):
 
 def test_torchrun_brings_a_killed_process_back(options, finished, tmp_path):
     """It continues the run that it has begun, whatever init_from and overwrite are; no other one."""
-    alike = [*options, "--max_steps=12", "--micro_batch_size=6"]
+    alike = [*options, "--max_steps=40", "--micro_batch_size=6"]
     out = shutil.copytree(finished, tmp_path / "out")
     alone = start(*alike, f"--out_dir={tmp_path}/alone", processes=2)
     torchrun = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--max_restarts=1"]
     (launcher,) = start(*alike, f"--out_dir={out}", "--overwrite=True",
                         nodes=[[*torchrun, "--nproc_per_node=2"]])
-    wait_for(lambda: header(out)["constants"]["max_steps"] == 12 and last_step(out) >= 3, launcher)
+    wait_for(lambda: header(out)["constants"]["max_steps"] == 40 and last_step(out) >= 3, launcher)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     for each in (alone, [launcher]):
@@ -524,7 +524,7 @@ def test_torchrun_brings_a_killed_process_back(options, finished, tmp_path):
     assert_same(tmp_path / "alone", out)
 
     before = contents(out)
-    statuses, said = finish(start(*alike, f"--out_dir={out}", "--max_steps=14",
+    statuses, said = finish(start(*alike, f"--out_dir={out}", "--max_steps=42",
                                   nodes=[[*torchrun, "--nproc_per_node=1"]]))
     assert statuses[0] and said.count("is there already") == 2 and contents(out) == before
 
