@@ -7,7 +7,8 @@ A release is a folder or the file in it: fairseq's model.pt, or pytorch_model.bi
 Hugging Face port beside config.json. For text it also needs sp.model and dict.txt in that folder.
 
 A checkpoint is one of train.py, of finetune.py (best.pt), or a converted release. What is written is a stock
-model, without code of its own: AutoModel, AutoTokenizer, pipeline and sentence-transformers load it.
+model, without code of its own: AutoModel, AutoTokenizer, pipeline and sentence-transformers load it. Of a
+release it is the model alone, without a tokenizer.
 """
 
 import base64

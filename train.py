@@ -47,7 +47,7 @@ dataset: str = "docs"             # the corpus data_dir/dataset; docs is made if
 data_dir: str = "data"            # folder of all corpora
 out_dir: str = "out"              # folder of this run: ckpt.pt, ckpt.prev.pt, log.jsonl
 init_from: str = "scratch"        # scratch | resume | resume_or_scratch | path of a checkpoint to start from
-overwrite: bool = False           # True: replace the run that out_dir holds
+overwrite: bool = False           # True: a new run replaces the one that out_dir holds
 seed: int = 0                     # of weights and dropout, and of the order, masks and crops of the text
 auxiliary_from: str = ""          # with corruption=frozen: the checkpoint whose auxiliary corrupts the text
 
@@ -187,7 +187,7 @@ def choose_hardware(args):
 
 
 def keep_memory():
-    """Keeps freed memory: asking the system for it again costs preset small a fifth of a step on the CPU."""
+    """Keeps freed memory: asking the system for it again costs preset small 8 % of a step on the CPU."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL("libc.so.6").mallopt(option, value)

@@ -367,11 +367,12 @@ def statistics(by_seed):
 def paired(values, steps):
     """(part, rows, measure; of their differences the mean, sd, seeds, and the 95 % interval of the mean)
 
-    In the part plateau, which compares at equal compute, a row's name has its steps.
+    In the part plateau, which compares with RTD at equal compute, a row's name has its steps.
     """
     scores, contrasts = {}, list(CONTRASTS)
     for one, other in EQUAL_COMPUTE:
         contrasts.append(("plateau", f"COCO-LM {steps * one // 10}", f"RTD {steps * other // 10}"))
+    contrasts.append(("plateau", f"COCO-LM {steps * 2}", f"CLM {steps * 2}"))
     for (table, part, row, measure, x), by_seed in values.items():
         if table == "scores" and part != "plateau":
             scores[part, row, measure] = by_seed
