@@ -24,7 +24,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -60,10 +59,11 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p
 # ------------------------------------------------------------------------------------------------------------
 # Options, errors and output of all commands
 
-# A number is finite and not negative. These options have a tighter range, both ends included.
+# A number is from 0 to HIGHEST. These options have a tighter range, both ends included.
+HIGHEST = 10**12
 LIMITS = {
     **dict.fromkeys(("batch_size", "micro_batch_size", "max_steps", "log_interval", "eval_interval", "steps",
-                     "eval_batches", "checkpoint_interval", "epochs", "seeds", "workers"), (1, math.inf)),
+                     "eval_batches", "checkpoint_interval", "epochs", "seeds", "workers"), (1, HIGHEST)),
     "vocab_size": (260, 2**20), "max_len": (8, 2**20), "val_fraction": (0, 0.5), "warmup_fraction": (0, 1),
     "dropout": (0, 0.9), "beta1": (0, 0.9999999), "beta2": (0, 0.9999999), "epsilon": (1e-30, 1),
     "seed": (0, 2**63 - 1),
@@ -80,19 +80,25 @@ def tell(*words, **how):
         print(*words, flush=True, **how)
 
 
-def lock(folder):
-    """Creates a folder and locks it until the returned file is closed. InputError: another run holds it."""
+def lock(folder, required=False):
+    """Creates a folder and locks it until the returned file is closed. InputError: another run holds it.
+
+    Windows and some file systems have no such lock: a warning, or, if it is `required`, an InputError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     if path.is_symlink():
         raise InputError(f"{path} is a link, not the lock of a run: remove it, or choose another folder.")
     file = open(path, "a")  # never emptied: it may be somebody's
-    with contextlib.suppress(ImportError, OSError):  # Windows and some file systems have no such lock
+    try:
         import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder} is in use by another run: choose another name, or wait.") from None
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder} is in use by another run: choose another name, or wait.") from None
+    except (ImportError, OSError) as error:
+        if required:
+            raise InputError(f"{folder} is of another run: remove it if that has ended ({error}).") from None
+        tell(f"warning: {folder} cannot be locked ({error}): start no second run in it.")
     return file
 
 
@@ -103,10 +109,10 @@ def read_option(name, kind, may_be_empty, text):
         if text or may_be_empty:
             return os.path.expanduser(text)  # ~ is the home folder
     elif kind in (int, float):
-        low, high = LIMITS.get(name, (0, math.inf))
+        low, high = LIMITS.get(name, (0, HIGHEST))
         wanted = f"a {'whole number' if kind is int else 'number'} from {low} to {high}"
         with contextlib.suppress(ValueError):
-            if "_" not in text and low <= kind(text) <= high and math.isfinite(kind(text)):
+            if "_" not in text and low <= kind(text) <= high:
                 return kind(text)
     else:
         choices = {str(choice).lower(): choice for choice in get_args(kind) or (True, False)}
@@ -138,17 +144,23 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main):
     """Runs a command's main. An error that its user can mend is one sentence, without a traceback."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
+    if hasattr(sys.stdout, "reconfigure"):  # not in notebooks
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up on its way out
     try:
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError, MemoryError) as error:  # OSError: no permission, disk full, ...
+    except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: a full disk, ...
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(3)  # process 0 says what all would say, and torchrun ends the others meanwhile
-        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
+        said = str(error) or "out of memory"
+        if isinstance(error, RuntimeError):  # a fault, unless torch has no memory
+            if not re.search("out of memory|can't allocate memory", said):
+                raise
+            said = f"choose a smaller batch (train.py: --micro_batch_size); {said}"
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(2)  # an orderly exit would wait for processes that have ended
     sys.exit(2)
@@ -188,7 +200,7 @@ def undisturbed(function, *arguments):
     try:
         return function(*arguments)
     finally:
-        for number, handler in handlers.items():
+        for number, handler in reversed(handlers.items()):  # Ctrl-C last: it may come here
             signal.signal(number, handler)
         for number in late:
             signal.raise_signal(number)
@@ -268,11 +280,15 @@ def read_docs(workers):
 
 
 def find_files(paths):
-    """{file: (size, time)} of the text files that the paths name. Folders are searched."""
+    """{file: (size, time)} of the text files that the paths name. Folders are searched, links to them not."""
+    def refuse(error):  # a folder that cannot be read, which Path.rglob would leave out
+        raise error
+
     endings, files = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), {}
     for path in paths:
         root = Path(os.path.expanduser(path))
-        found = sorted(root.rglob("*")) if root.is_dir() else [root]
+        walk = os.walk(root, onerror=refuse) if root.is_dir() else [(root.parent, [], [root.name])]
+        found = sorted(Path(folder, name) for folder, _, names in walk for name in names)
         found = [file for file in found if file.is_file() and file.name.lower().endswith(endings)]
         if not found:
             raise InputError(f"there is no {', '.join(endings)} file at or in {path}.")
@@ -745,7 +761,7 @@ def new_folder(data_dir, name, overwrite):
     for killed in folder.parent.glob(f".{name}~*"):
         scratch_files = {"new", "old", "docs.txt", ".lock"}
         if killed.is_dir() and {file.name for file in killed.iterdir()} <= scratch_files:
-            lock(killed).close()  # raises InputError if the preparation goes on
+            lock(killed, required=True).close()  # raises InputError if the preparation goes on
             clean_up(killed, folder)
     refuse_other(folder, overwrite)
     return folder

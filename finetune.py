@@ -346,6 +346,9 @@ class GlueSet:
         self.task, self.labels, self.name, self.split = task, task["labels"], set_name, split
         self.low, self.high = task.get("low"), task.get("high")  # of scores
         self.index, texts, labels = zip(*read_glue(path, task, split))
+        if split in ("test", "new") and path.suffix.lower() != ".jsonl":
+            if blank := sum(not line.strip(" \r\n") for _, line in read_lines(path)):
+                print0(f"warning: {path} has {blank} blank line(s), which get no prediction.")
         quoted = any(len(text) > 3 and text[0] == text[-1] == '"' and '""' in text[1:-1]  # as pandas does
                      for row in texts for text in row)
         if quoted and ("own" in task or split == "new") and path.suffix.lower() == ".tsv":
@@ -961,9 +964,6 @@ def predict_file(args, device, autocast):
     a_set = GlueSet(path, task, task["name"], "new", tokenizer, tokenizer.max_len)
     columns = a_set.columns(predict_set(model, a_set, autocast))
     if RANK == 0:
-        blank = sum(not line.strip(" \r\n") for _, line in read_lines(path))
-        if blank and path.suffix.lower() != ".jsonl":
-            print0(f"warning: {path} has {blank} blank line(s), which get no prediction.")
         header, *rows = ([field if isinstance(field, str) else json.dumps(field) for field in fields]
                          for _, fields in read_fields(path))
         rows = [[*row, *added] for row, added in zip(rows, zip(*columns.values()), strict=True)]

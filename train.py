@@ -297,8 +297,9 @@ def write_file(path, content, before=None):
             os.replace(path, before)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written ({error.__context__ or error}).") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def checkpoint_path(path):
@@ -328,7 +329,7 @@ def load_checkpoint(path, device="cpu"):
         model = COCOLM(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}.") from None
+        raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}") from None
     tokenizer.max_len = model.config.max_len
     return model.to(device).eval(), tokenizer
 
@@ -352,13 +353,15 @@ def find_checkpoint(args, settings, restarted):
                     problems += f"{error} "
     if args.init_from == "resume":
         raise InputError(f"{problems}{out} holds no checkpoint to resume from.")
-    in_the_way = sorted([*out.glob("ckpt*.pt"), *out.glob("log.jsonl")])
+    in_the_way = sorted(file for file in out.glob("*") if is_checkpoint(file) or file.name == "log.jsonl")
     repeated = restarted or args.init_from == "resume_or_scratch"  # what is there can be of this run
     may_overwrite = args.overwrite and not repeated
     if repeated and in_the_way == [out / "log.jsonl"]:
         header, rows, _ = read_log(in_the_way[0], math.inf)
-        may_overwrite = (header and all(row["step"] <= args.checkpoint_interval for row in rows)
-                         and not changes_since(header["constants"], settings).keys() - MAY_CHANGE)
+        changes = changes_since(header["constants"], settings) if header else {}
+        first = min([args.checkpoint_interval, *changes.get("checkpoint_interval", ())])
+        may_overwrite = (header and all(row["step"] <= first for row in rows)
+                         and not changes.keys() - MAY_CHANGE)
     if in_the_way and not may_overwrite:
         raise InputError(f"{problems}{in_the_way[0]} is there already: continue with --init_from=resume, or "
                          f"replace it with --init_from=scratch --overwrite=True, or use another --out_dir.")
@@ -374,12 +377,17 @@ def changes_since(before, settings):
     return {name: (before.get(name), now) for name, now in settings.items() if before.get(name) != now}
 
 
+def is_checkpoint(file):
+    """Whether a file has the name of a checkpoint that a run saves."""
+    return re.fullmatch(r"ckpt(\.prev|\.\d+)?\.pt", file.name)
+
+
 def clean_folder(out, start, resumed_from):
     """Keeps a damaged checkpoint. Removes the checkpoints of a run that is replaced."""
     if resumed_from == out / "ckpt.prev.pt" and (out / "ckpt.pt").exists():
         os.replace(out / "ckpt.pt", out / "ckpt.damaged")  # or the next save would make it ckpt.prev.pt
     for file in out.iterdir():
-        if start == 0 and re.fullmatch(r"ckpt(\.prev|\.\d+)?\.pt", file.name):
+        if start == 0 and is_checkpoint(file):
             file.unlink()
 
 
@@ -393,9 +401,12 @@ def restore(checkpoint, path, model, optimizer, scaler, settings):
     if settings["contrastive"] and "negatives" in changes:
         then, now = changes["negatives"]
         print0(f"warning: {now} negatives for each sequence vector, not {then}")
-    model.load_state_dict(checkpoint["model"])
-    # restore Adam's moments only; keep our own parameter groups
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+    try:
+        model.load_state_dict(checkpoint["model"])
+        # restore Adam's moments only; keep our own parameter groups
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}") from None
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} of a run that was not float16
     return {name: now for name, (_, now) in changes.items()}
 

@@ -100,7 +100,8 @@ def plan(args):
     rows += [("efficiency", name, MAIN[name], seed, args.steps // part)
              for seed in all_seeds for part in (2, 4) for name in ("COCO-LM", "RTD")]
     rows += [("plateau", name, MAIN[name], seed, args.steps * tenths // 10)
-             for name, tenths in (("RTD", 16), ("COCO-LM", 20), ("RTD", 32), ("CLM", 20)) for seed in all_seeds]
+             for name, tenths in (("RTD", 16), ("COCO-LM", 20), ("RTD", 32), ("CLM", 20))
+             for seed in all_seeds]
     rows += [("small", f"relative_init {init}", f"--relative_init={init}", seed, args.steps // 3)
              for seed in all_seeds[:2] for init in ("normal", "local")]
     rows += [("ablations", *row, ABLATION_SEED, args.steps // 2) for row in ABLATIONS.items()]
@@ -321,7 +322,8 @@ def histograms(vectors, args):
 # ------------------------------------------------------------------------------------------------------------
 # draw
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t: the mean of n values is known to t sd / root n
+# Student's t: the mean of n values is known to t sd / root n
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 CONTRASTS = [("main", *rows) for rows in (
     ("CLM", "MLM"), ("CLM", "RTD"), ("COCO-LM", "CLM"), ("COCO-LM", "RTD"), ("COCO-LM", "MLM"),
     ("CLM", "all-token MLM"), ("COCO-LM", "RTD + SCL"), ("COCO-LM", "untrained"))]

@@ -326,6 +326,20 @@ def test_folders_are_searched(tmp_path, monkeypatch):
     assert sorted(documents_of(folder)) == sorted(documents)
 
 
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    write_source(tmp_path / "in/a.txt", sentences(3))
+    write_source(tmp_path / "in/sub/b.txt", sentences(3))
+    scandir = os.scandir
+
+    def refuse_sub(path):
+        return scandir(path if Path(path).name != "sub" else "/nowhere")
+
+    assert len(data.find_files([tmp_path / "in"])) == 2
+    monkeypatch.setattr(os, "scandir", refuse_sub)
+    with pytest.raises(OSError):
+        data.find_files([tmp_path / "in"])
+
+
 def test_documents_of_several_lines(tmp_path):
     """A document per file; blank lines in JSON; half characters; a byte order mark."""
     book = "\n\n".join(sentences(6))
@@ -615,12 +629,29 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, nam
     assert [path for path in listing(tmp_path) if path != "out"] == ["in", f"in/{name}"]
 
 
-def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
+@pytest.mark.parametrize("allocate", [lambda: bytearray(2**62), lambda: torch.empty(2**60)])
+def test_too_little_memory_is_one_sentence(monkeypatch, capsys, allocate):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(SystemExit):
-        data.run_command(lambda: bytearray(2**62))
-    assert capsys.readouterr().err.endswith(": out of memory\n")
+        data.run_command(allocate)
+    said = capsys.readouterr().err
+    assert "memory" in said and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="shape"):
+        data.run_command(lambda: torch.zeros(2) + torch.zeros(3).view(5))
+
+
+def test_where_nothing_can_be_locked(corpus, tmp_path, monkeypatch, capsys):
+    """A run goes on, with a warning; what may be another preparation's is not removed."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: os.close(-1))  # an OSError
+    data.lock(tmp_path / "out").close()
+    assert "cannot be locked" in capsys.readouterr().out
+    source = write_source(tmp_path / "in.txt", sentences(20))
+    (tmp_path / "data" / ".corpus~1" / "new").mkdir(parents=True)
+    with pytest.raises(data.InputError, match="corpus~1.*remove it"):
+        prepare(tmp_path, source, encoding=str(corpus))
+    assert (tmp_path / "data" / ".corpus~1" / "new").exists()
 
 
 @pytest.mark.parametrize("name, damage", [

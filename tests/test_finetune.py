@@ -599,6 +599,9 @@ def test_columns_that_number_the_rows_are_no_texts(options, tmp_path, capsys):
     finetune.main([*options, best, f"--predict={tmp_path}/new.tsv"])  # without Idx, with marks of a .csv
     said = capsys.readouterr().out
     assert said.count("to_json(") == 1 and "1 blank line" in said
+    (tmp_path / "data/mine/test.tsv").write_text("sentence\none\n\nthree\n")
+    finetune.main([*options, "--task=mine", f"--out_dir={tmp_path}/more"])
+    assert "test.tsv has 1 blank line" in capsys.readouterr().out
     assert table(tmp_path / "new.tsv.predictions.tsv")[1][:2] == ['"this ""film"" was fine"', "1"]
 
 

@@ -653,6 +653,22 @@ def test_a_folder_with_a_checkpoint_is_not_begun_anew(options, finished, tmp_pat
     assert set(os.listdir(tmp_path)) - {".lock"} == {"ckpt.4.pt"}
 
 
+def test_other_files_are_not_in_the_way(options, finished, tmp_path):
+    (tmp_path / "ckpt.best.pt").write_text("mine")
+    run(*options, f"--out_dir={tmp_path}")
+    assert (tmp_path / "ckpt.best.pt").read_text() == "mine"
+    (tmp_path / "ckpt.best.pt").unlink()
+    assert_same(finished, tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(options, halfway):
+    saved = read(halfway)
+    saved["model"]["head"] = torch.zeros(1)
+    torch.save(saved, halfway / "ckpt.pt")
+    status, said = attempt(*options, f"--out_dir={halfway}", "--init_from=resume")
+    assert status == 2 and "does not fit model.py" in said and said.count("\n") == 2
+
+
 @pytest.mark.parametrize("content", [b"a diary", b'{"constants": {"preset": "tiny"}}\n', b""])
 def test_a_folder_with_a_log_is_not_begun_anew(options, tmp_path, content):
     (tmp_path / "log.jsonl").write_bytes(content)
@@ -666,8 +682,9 @@ def test_the_log_of_a_long_run_stays_where_its_checkpoints_are_gone(options, fin
     out = shutil.copytree(finished, tmp_path / "out")
     for file in out.glob("ckpt*"):
         file.unlink()
-    status, said = attempt(*options, f"--out_dir={out}", "--init_from=resume_or_scratch")
-    assert status == 2 and "log.jsonl" in said
+    for interval in ((), ["--checkpoint_interval=100"]):  # the log was that of a run with 2
+        status, said = attempt(*options, f"--out_dir={out}", "--init_from=resume_or_scratch", *interval)
+        assert status == 2 and "log.jsonl" in said
     assert (out / "log.jsonl").read_bytes() == (finished / "log.jsonl").read_bytes()
 
 
@@ -740,6 +757,16 @@ def test_a_closed_terminal_does_not_end_a_run(options, finished, tmp_path, monke
     monkeypatch.setattr(data, "print", lambda *_, **__: os.write(-1, b""), raising=False)  # OSError
     run(*options, f"--out_dir={tmp_path}")
     assert_same(finished, tmp_path)
+
+
+def test_an_interrupted_file_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.write_file(tmp_path / "results.json", "{}")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
