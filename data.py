@@ -193,7 +193,7 @@ def start_workers(pool, workers):
 
 
 def undisturbed(function, *arguments):
-    """function(*arguments). Signals take effect after it: their exception could leave a lock in it held."""
+    """function(*arguments). A signal takes effect after it: an exception inside could leave a lock held."""
     late = []
     handlers = {number: signal.signal(number, lambda number, frame: late.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
