@@ -60,7 +60,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p
 # Options, errors and output of all commands
 
 # A number is from 0 to HIGHEST. These options have a tighter range, both ends included.
-HIGHEST = 10**12
+HIGHEST = 10**12  # of seconds, a timedelta still holds it
 LIMITS = {
     **dict.fromkeys(("batch_size", "micro_batch_size", "max_steps", "log_interval", "eval_interval", "steps",
                      "eval_batches", "checkpoint_interval", "epochs", "seeds", "workers"), (1, HIGHEST)),
@@ -97,7 +97,7 @@ def lock(folder, required=False):
         raise InputError(f"{folder} is in use by another run: choose another name, or wait.") from None
     except (ImportError, OSError) as error:
         if required:
-            raise InputError(f"{folder} is of another run: remove it if that has ended ({error}).") from None
+            raise InputError(f"{folder} is another run's: remove it if that has ended ({error}).") from None
         tell(f"warning: {folder} cannot be locked ({error}): start no second run in it.")
     return file
 
@@ -187,9 +187,10 @@ def start_worker():
 
 
 def start_workers(pool, workers):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it
+    """Starts all workers of a pool, which inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(workers):
-        pool.submit(int)  # starts a worker
+        pool.submit(int)
 
 
 def undisturbed(function, *arguments):
@@ -200,7 +201,7 @@ def undisturbed(function, *arguments):
     try:
         return function(*arguments)
     finally:
-        for number, handler in reversed(handlers.items()):  # Ctrl-C last: it may come here
+        for number, handler in reversed(handlers.items()):  # Ctrl-C last: from then on it raises its error
             signal.signal(number, handler)
         for number in late:
             signal.raise_signal(number)

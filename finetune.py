@@ -533,7 +533,7 @@ class SquadSet:
         best = {}
         if self.version == "2.0":
             has_answer = np.array([bool(g) for g in golds])
-            given = np.where((odds > 0)[:, None], ~has_answer[:, None], scores)  # none where it is likelier
+            given = np.where((odds > 0)[:, None], ~has_answer[:, None], scores)  # no answer is likelier
             (em, _), (f1, threshold) = (best_threshold(column, has_answer, odds) for column in scores.T)
             best = {"best_exact_match": 100 * em, "best_f1": 100 * f1, "best_f1_threshold": threshold}
         return dict(zip(("exact_match", "f1"), (100 * given.mean(0)).tolist())) | best

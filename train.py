@@ -319,19 +319,31 @@ def read_checkpoint(path, *more):
     return saved
 
 
+@contextlib.contextmanager
+def must_fit(path):
+    """What goes wrong while a checkpoint is loaded into a model becomes an InputError."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}") from None
+
+
 def load_checkpoint(path, device="cpu"):
     """(the COCOLM in evaluation mode, its Tokenizer) of a checkpoint or of a run's folder"""
     checkpoint = read_checkpoint(path)
     if "task" in checkpoint:
         raise InputError(f"{path} is fine-tuned: load it with finetune.load_finetuned.")
     tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], path)
-    try:
+    with must_fit(path):
         model = COCOLM(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}") from None
     tokenizer.max_len = model.config.max_len
     return model.to(device).eval(), tokenizer
+
+
+def is_checkpoint(file):
+    """Whether a file has the name of a checkpoint that a run saves."""
+    return re.fullmatch(r"ckpt(\.prev|\.\d+)?\.pt", file.name) is not None
 
 
 def find_checkpoint(args, settings, restarted):
@@ -377,11 +389,6 @@ def changes_since(before, settings):
     return {name: (before.get(name), now) for name, now in settings.items() if before.get(name) != now}
 
 
-def is_checkpoint(file):
-    """Whether a file has the name of a checkpoint that a run saves."""
-    return re.fullmatch(r"ckpt(\.prev|\.\d+)?\.pt", file.name)
-
-
 def clean_folder(out, start, resumed_from):
     """Keeps a damaged checkpoint. Removes the checkpoints of a run that is replaced."""
     if resumed_from == out / "ckpt.prev.pt" and (out / "ckpt.pt").exists():
@@ -401,12 +408,10 @@ def restore(checkpoint, path, model, optimizer, scaler, settings):
     if settings["contrastive"] and "negatives" in changes:
         then, now = changes["negatives"]
         print0(f"warning: {now} negatives for each sequence vector, not {then}")
-    try:
+    with must_fit(path):
         model.load_state_dict(checkpoint["model"])
         # restore Adam's moments only; keep our own parameter groups
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}") from None
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} of a run that was not float16
     return {name: now for name, (_, now) in changes.items()}
 

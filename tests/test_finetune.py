@@ -599,10 +599,10 @@ def test_columns_that_number_the_rows_are_no_texts(options, tmp_path, capsys):
     finetune.main([*options, best, f"--predict={tmp_path}/new.tsv"])  # without Idx, with marks of a .csv
     said = capsys.readouterr().out
     assert said.count("to_json(") == 1 and "1 blank line" in said
+    assert table(tmp_path / "new.tsv.predictions.tsv")[1][:2] == ['"this ""film"" was fine"', "1"]
     (tmp_path / "data/mine/test.tsv").write_text("sentence\none\n\nthree\n")
     finetune.main([*options, "--task=mine", f"--out_dir={tmp_path}/more"])
     assert "test.tsv has 1 blank line" in capsys.readouterr().out
-    assert table(tmp_path / "new.tsv.predictions.tsv")[1][:2] == ['"this ""film"" was fine"', "1"]
 
 
 def test_own_scores_may_leave_the_range_of_train(options, tmp_path):

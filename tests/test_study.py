@@ -48,9 +48,11 @@ def test_paired_differences_at_equal_compute():
     records = [record("COCO-LM", seed, 10, 5.0) for seed in (1, 2)] + [record("RTD", 1, 10, 1.0)]
     records += [record("RTD", 1, 16, 4.0, part="plateau"), record("RTD", 2, 16, 2.0, part="plateau")]
     records += [record("COCO-LM", 1, 20, 9.0, part="plateau"), record("RTD", 1, 32, 3.0, part="plateau")]
+    records += [record("CLM", 1, 20, 8.0, part="plateau")]
     found = {row[1:3]: row[3:6] for row in study.paired(study.table(records), 10) if row[0] == "plateau"}
-    assert found.keys() == {(f"COCO-LM {one} - RTD {other}", score)
-                            for one, other in ((10, 16), (20, 32)) for score in ("STS-B", "CoLA")}
+    assert found.keys() == {(f"COCO-LM {one} - {other}", score) for score in ("STS-B", "CoLA")
+                            for one, other in ((10, "RTD 16"), (20, "RTD 32"), (20, "CLM 20"))}
+    assert found["COCO-LM 20 - CLM 20", "STS-B"] == (1, None, 1)
     assert found["COCO-LM 10 - RTD 16", "STS-B"] == (2, pytest.approx(math.sqrt(2)), 2)  # 1, 3
     assert found["COCO-LM 20 - RTD 32", "CoLA"] == (6, None, 1)
 
